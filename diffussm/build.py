@@ -1,0 +1,291 @@
+"""From configuration to objects: the only place that instantiates, and the last before expensive work.
+
+Every group is checked against the signature of what it builds, so that a wrong key or type is one line
+with the key in it, whether it came from the command line, a file or Python.
+"""
+
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import hydra.utils
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from diffussm.compose import compose_group
+from diffussm.config import nearest
+from diffussm.data.autoencoder import Autoencoder
+from diffussm.data.images import ImageSource
+from diffussm.data.loader import BatchLoader
+from diffussm.diffusion.guidance import classifier_free_guidance
+from diffussm.diffusion.samplers import Denoiser, Noise, Sampler
+from diffussm.diffusion.schedule import Schedule
+from diffussm.evaluation.evaluator import Evaluation
+from diffussm.evaluation.generate import Generator
+from diffussm.report.grid import save_grid
+from diffussm.runtime.errors import ConfigError, UserError
+from diffussm.runtime.run_dir import RunDirectory
+from diffussm.runtime.seeding import derive_seed
+from diffussm.training.checkpoint import Checkpoint, CheckpointStore
+from diffussm.training.logging import MetricsLog
+from diffussm.training.precision import Precision
+from diffussm.training.trainer import Periodic, Trainer
+
+PACKAGE_PREFIX = "diffussm:"  # marks a path inside the installed package
+MAX_GRID_ROWS = GRID_COLUMNS = 10
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """A model by the name of its configuration, such as "diffussm_xl", with constructor arguments replaced."""
+    return construct(compose_group("model", name, overrides), "model")
+
+
+class System:
+    """The parts that training, sampling and evaluation share, built from a training configuration."""
+
+    def __init__(self, config: DictConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.source: ImageSource = construct(config.data, "data")
+        self.autoencoder: Autoencoder = construct(config.autoencoder, "autoencoder")
+        self.schedule: Schedule = construct(config.diffusion, "diffusion").to(device)
+        self.latent_shape = self.autoencoder.latent_shape(self.source.image_shape)
+        self._check_fit()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "model"))
+            self.model = construct(config.model, "model").to(device)
+
+    def _check_fit(self) -> None:
+        model, channels = self.config.model, self.latent_shape[0]
+        if model.in_channels != channels:
+            raise ConfigError(f"model.in_channels={model.in_channels}: the data gives {channels} channel(s)")
+        classes = self.source.num_classes
+        if model.num_classes is not None and (classes is None or classes > model.num_classes):
+            has = "no class labels" if classes is None else f"{classes} classes"
+            fix = "null" if classes is None else classes
+            raise ConfigError(f"model.num_classes={model.num_classes}: the data has {has}: set it to {fix}")
+        tokens, ratio = self.latent_shape[1] * self.latent_shape[2], model.get("hourglass_ratio")
+        if ratio and tokens % ratio:
+            raise ConfigError(f"model.hourglass_ratio={ratio}: does not divide the {tokens} tokens of the data")
+
+    def generator(
+        self,
+        model: nn.Module,
+        sampler_config: DictConfig,
+        sampling: DictConfig,
+        batch_size: int | None = None,
+    ) -> Generator:
+        """Generation with these weights, sampler and guidance."""
+        sampler = bound(sampler_config, "sampler")
+        self._try_out(sampler, sampler_config)
+        precision = Precision(sampling.precision, self.device)
+        null_label = getattr(model, "null_label", None)
+        denoiser: Denoiser = model
+        if sampling.guidance_scale != 1.0:
+            if null_label is None:
+                raise ConfigError(
+                    f"sampling.guidance_scale={sampling.guidance_scale}: needs a conditional model with "
+                    "class_dropout_prob above 0; 1.0 is no guidance"
+                )
+            denoiser = classifier_free_guidance(model, sampling.guidance_scale, null_label)
+
+        @torch.no_grad()
+        def sample(x_T: Tensor, y: Tensor | None, noise: Noise) -> Tensor:
+            with precision.autocast():
+                return sampler(denoiser, self.schedule, x_T, y, noise)
+
+        return Generator(
+            sample=sample,
+            to_pixels=self.autoencoder.to_pixels,
+            latent_shape=self.latent_shape,
+            num_classes=self.config.model.num_classes,
+            seed=sampling.seed,
+            batch_size=batch_size or sampling.batch_size,
+            device=self.device,
+        )
+
+    def _try_out(self, sampler: Sampler, config: DictConfig) -> None:
+        """Run the sampler on one number, so that options that cannot work fail here and now."""
+        channels = 2 if self.config.model.get("learn_sigma") else 1
+        one = torch.zeros(1, 1, 1, 1)
+        schedule = self.schedule.to("cpu")
+        try:
+            sampler(lambda x, t, y: x.repeat(1, channels, 1, 1), schedule, one, None, lambda: one)
+        except ValueError as error:
+            raise ConfigError(_with_key("sampler", error)) from error
+
+
+def build_trainer(
+    system: System, run: RunDirectory, stop: Callable[[], object], warn: Callable[[str], None]
+) -> Trainer:
+    """Everything that `diffussm train` runs, nothing of it started."""
+    config = system.config
+    settings = dict(config.trainer)
+    sample_every_images = settings.pop("sample_every_images")
+    precision = Precision(settings.pop("precision"), system.device)
+    store = CheckpointStore(run.checkpoints, settings.pop("keep_checkpoints"), warn)
+    batches = BatchLoader(
+        system.source,
+        config.trainer.batch_size,
+        config.seed,
+        with_labels=config.model.num_classes is not None,
+        num_workers=settings.pop("num_workers"),
+    )
+    settings["ema_decays"] = list(settings["ema_decays"])
+    return Trainer(
+        model=system.model,
+        objective=construct(config.objective, "objective", schedule=system.schedule),
+        batches=batches,
+        to_latents=system.autoencoder.to_latents,
+        optimizer=construct(config.optimizer, "optimizer", named_parameters=system.model.named_parameters()),
+        checkpoints=store,
+        log=MetricsLog(run.path / "metrics.jsonl"),
+        precision=precision,
+        config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
+        seed=config.seed,
+        periodic=_periodic(system, run, sample_every_images),
+        stop=stop,
+        **settings,
+    )
+
+
+def _periodic(system: System, run: RunDirectory, sample_every_images: int | None) -> list[Periodic]:
+    config = system.config
+    system.generator(system.model, config.sampler, config.sampling)  # fails now rather than hours later
+
+    def draw_grid(model: nn.Module, images: int) -> Mapping[str, Any]:
+        generator = system.generator(model, config.sampler, config.sampling)
+        draw_samples(generator, run.samples / f"images-{images:012d}.png")
+        return {}
+
+    periodic = [Periodic("samples", sample_every_images, draw_grid)]
+    evaluation = build_evaluation(config)
+    if evaluation is not None and evaluation.every_images:
+
+        def evaluate(model: nn.Module, images: int) -> Mapping[str, Any]:
+            return evaluation.run(system.generator(model, config.sampler, config.sampling))
+
+        periodic.append(Periodic("evaluation", evaluation.every_images, evaluate))
+    return periodic
+
+
+def draw_samples(generator: Generator, path: Path) -> None:
+    """Save a grid of samples, a row per class (at most ten), or 8 x 8 from an unconditional model."""
+    if generator.num_classes is None:
+        save_grid(torch.cat([batch.images for batch in generator.generate(range(64))]), 8, path)
+        return
+    classes = range(min(generator.num_classes, MAX_GRID_ROWS))
+    labels = torch.tensor(classes).repeat_interleave(GRID_COLUMNS)
+    images = torch.cat([batch.images for batch in generator.generate(range(len(labels)), labels)])
+    save_grid(images, GRID_COLUMNS, path, [str(label) for label in classes])
+
+
+def build_evaluation(config: DictConfig) -> Evaluation | None:
+    """The configured evaluation; None for evaluation=none."""
+    if not config.evaluation:
+        return None
+    node = config.evaluation.copy()
+    if str(node.reference).startswith(PACKAGE_PREFIX):
+        inside = str(node.reference).removeprefix(PACKAGE_PREFIX)
+        node.reference = str(Path(__file__).resolve().parent / inside)
+    return construct(node, "evaluation")
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module, weights: str) -> str:
+    """Load `weights` (ema, ema_<decay> or model) of a checkpoint into a model; returns their full name."""
+    name = checkpoint.ema_names[0] if weights == "ema" else weights
+    known = [*checkpoint.ema_names, "model"]
+    if name not in known:
+        raise ConfigError(f"sampling.weights={weights}: {checkpoint.path} has {', '.join(known)}")
+    checkpoint.check_model(model.state_dict())
+    model.load_state_dict(checkpoint.tensors(name))
+    model.requires_grad_(False).eval()
+    return name
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name}: not available here: choose auto or cpu") from error
+    return device
+
+
+def construct(node: DictConfig, key: str, **arguments: Any) -> Any:
+    """What a group describes, given also `arguments`; ConfigError names the key that its constructor refuses."""
+    try:
+        return bound(node, key)(**arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(_with_key(key, error)) from error
+
+
+def bound(node: DictConfig, key: str) -> Callable[..., Any]:
+    """The function or class of a group with its options bound; the rest of its arguments come at the call."""
+    check_signature(node, key)
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", _partial_=True)
+    except InstantiationException as error:  # from a nested object
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise ConfigError(_with_key(key, cause)) from error
+
+
+def check_signature(node: DictConfig, key: str) -> None:
+    """Check a group's keys and scalar values against the parameters and type hints of its target."""
+    try:
+        target = hydra.utils.get_object(node._target_)
+    except Exception as error:  # whatever importing a user's module may raise
+        raise ConfigError(f"{key}._target_={node._target_}: cannot be imported: {error}") from error
+    parameters = inspect.signature(target).parameters
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name, value in ((str(name), value) for name, value in node.items()):
+        if name in ("_target_", "_partial_", "_convert_", "_recursive_"):
+            continue
+        if name not in parameters and not takes_any:
+            raise ConfigError(f"{key}.{name}: no such key{nearest(name, parameters)}")
+        if not isinstance(value, DictConfig) and not _fits(value, hints.get(name, Any)):
+            raise ConfigError(f"{key}.{name}={value}: must be {_describe(hints[name])}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    return True  # paths, sequences and nested objects are the constructor's to judge
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return names.get(hint, str(hint))
+
+
+def _with_key(key: str, error: BaseException) -> str:
+    """`name=value: remedy`, as constructors say it, under the group's key."""
+    message = str(error).splitlines()[0]
+    if message.startswith(f"{key}."):
+        return message
+    return f"{key}.{message}" if re.match(r"\w+=", message) else f"{key}: {message}"

@@ -1,0 +1,121 @@
+"""From command-line overrides to one validated configuration, or one line that says what is wrong."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffussm import config as schema
+from diffussm.runtime.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parent
+CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
+
+
+def compose(
+    verb: str,
+    overrides: Sequence[str],
+    config_dir: Path | None = None,
+    from_checkpoint: Mapping[str, Any] | None = None,
+) -> DictConfig:
+    """The validated configuration of a verb. ConfigError names the override that does not work.
+
+    Args:
+        config_dir: a user's own directory, searched beside ours for groups and experiments.
+        from_checkpoint: the configuration whose groups are the options named `from_checkpoint`.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override}: not an override: write key=value")
+    schema.register()
+    for group, node in (from_checkpoint or {}).items():
+        if isinstance(node, Mapping):
+            ConfigStore.instance().store(group=group, name="from_checkpoint", node=OmegaConf.create(dict(node)))
+    if config_dir is not None:
+        if not config_dir.is_dir():
+            raise ConfigError(f"--config-dir={config_dir}: no such directory")
+        overrides = [*overrides, f"hydra.searchpath=[file://{config_dir.resolve()}]"]
+    with _hydra():
+        try:
+            config = hydra_compose(config_name=verb, overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_one_line(error, verb, overrides)) from error
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+    schema.validate(config)
+    return config
+
+
+def compose_group(group: str, name: str, overrides: Mapping[str, Any]) -> DictConfig:
+    """configs/GROUP/NAME.yaml with these keys replaced; ConfigError for a name or key that it does not have."""
+    options = group_options(group)
+    if name not in options:
+        raise ConfigError(f"{group}={name}: choose {', '.join(options)}{schema.nearest(name, options)}")
+    config = OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")
+    assert isinstance(config, DictConfig)
+    for key, value in overrides.items():
+        if key not in config:
+            raise ConfigError(f"{group}.{key}: no such key{schema.nearest(key, map(str, config))}")
+        config[key] = value
+    return config
+
+
+def group_options(group: str) -> list[str]:
+    """The names that GROUP=... can take."""
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def groups() -> list[str]:
+    """All configuration groups."""
+    return sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
+
+
+@contextlib.contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra pointed at our configs, whatever the process did with it before."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        yield
+
+
+def _one_line(error: Exception, verb: str, overrides: Sequence[str]) -> str:
+    """What a person needs of Hydra's message: the key, what is wrong with it, what would be right."""
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        options = [option for option in group_options(group) if option] or ["nothing yet"]
+        return f"{group}={name}: choose {', '.join(options)}{schema.nearest(name, options)}"
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
+        key = str(cause.full_key or "")
+        if "not in" in str(cause):
+            parent, _, name = key.rpartition(".")
+            known = _known_keys(verb, parent, overrides)
+            hint = schema.nearest(name, known)
+            return f"{key}: no such key{hint}" + ("" if hint else f": {parent or verb} has {', '.join(known)}")
+        return f"{key}: {_first_line(cause)}"
+    return _first_line(error)
+
+
+def _known_keys(verb: str, parent: str, overrides: Sequence[str]) -> list[str]:
+    """The keys below `parent` with the groups that were chosen, whatever else was wrong."""
+    chosen = [override for override in overrides if override.partition("=")[0] in groups()]
+    with contextlib.suppress(HydraException, OmegaConfBaseException):
+        node = hydra_compose(config_name=verb, overrides=chosen)
+        node = OmegaConf.select(node, parent) if parent else node
+        return [str(key) for key in node if not str(key).startswith("_")]
+    return []
+
+
+def _first_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error).splitlines()[0])

@@ -1,0 +1,242 @@
+"""The configuration's own schema: dataclasses for our numbers, and one pure `validate`.
+
+Choices between classes (model, data, ...) are Hydra groups whose keys are constructor parameters; `build`
+checks them against the constructors. Everything else is typed here. Every field says whether it may change
+when a run is resumed: `fixed` fields change the result, `free` ones do not.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from diffussm.runtime.errors import ConfigError
+
+Images = Union[int, str]  # noqa: UP007  (OmegaConf reads typing.Union)
+_SUFFIXES = {"": 1, "k": 10**3, "ki": 2**10, "m": 10**6, "mi": 2**20}
+
+
+def fixed(default: Any = MISSING) -> Any:
+    """A field that must keep its value when a run is resumed."""
+    return _marked(default, "fixed")
+
+
+def free(default: Any = MISSING) -> Any:
+    """A field that may change when a run is resumed."""
+    return _marked(default, "free")
+
+
+def _marked(default: Any, resume: str) -> Any:
+    if isinstance(default, type):
+        return field(default_factory=default, metadata={"resume": resume})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"resume": resume})
+    return field(default=default, metadata={"resume": resume})
+
+
+@dataclass
+class TrainerConfig:
+    """The training loop. Counts of images accept suffixes: 400k, 2M, 64Ki, 1Mi."""
+
+    batch_size: int = fixed(256)  # images per optimiser step, over all devices
+    total_images: Images = free("102400k")  # where training ends (DiT: 400k steps of 256)
+    save_every_images: Images = free("2560k")
+    log_every_images: Images = fixed("25600")
+    sample_every_images: Images | None = free("2560k")  # sample grids; null: only at the end
+    warmup_images: Images = fixed(0)
+    decay_images: Images = fixed(0)  # linear decay to 0 over the last so many images
+    max_grad_norm: float | None = fixed(None)
+    ema_decays: list[float] = fixed([0.9999])  # sampling uses the first
+    precision: str = fixed("bf16")  # bf16, fp16 or fp32
+    device_batch_size: int | None = free(None)  # most images in one forward pass; null: all of them
+    keep_checkpoints: int = free(2)
+    num_workers: int = free(0)  # processes that read images; 0 reads in the main process
+
+
+@dataclass
+class SamplingConfig:
+    """How images are generated, beside the sampler itself."""
+
+    guidance_scale: float = free(1.0)  # classifier-free; 1 is the conditional model
+    batch_size: int = free(64)
+    seed: int = free(0)
+    weights: str = free("ema")  # ema (the first average), ema_<decay>, or model
+    precision: str = free("fp32")
+
+
+@dataclass
+class TrainConfig:
+    """`diffussm train`."""
+
+    name: str = fixed()
+    seed: int = fixed(0)
+    run_dir: str = free("runs/${name}")
+    device: str = free("auto")  # auto, cpu, cuda, cuda:1, ...
+    allow_config_change: bool = free(False)  # resume although a fixed key has changed
+    model: Any = fixed()
+    data: Any = fixed()
+    autoencoder: Any = fixed()
+    diffusion: Any = fixed()
+    objective: Any = fixed()
+    optimizer: Any = fixed()
+    trainer: TrainerConfig = fixed(TrainerConfig)
+    sampler: Any = free()
+    sampling: SamplingConfig = free(SamplingConfig)
+    evaluation: Any = free()
+
+
+@dataclass
+class SampleConfig:
+    """`diffussm sample`."""
+
+    checkpoint: str = free()  # a run directory (its newest checkpoint) or one checkpoint
+    out: str | None = free(None)  # null: samples/<...> in the run directory
+    device: str = free("auto")
+    num_images: int = free(100)
+    classes: list[int] | None = free(None)  # rows of the grid; null: all classes, at most 10
+    sampler: Any = free()
+    sampling: SamplingConfig = free(SamplingConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """`diffussm evaluate`."""
+
+    checkpoint: str = free()
+    out: str | None = free(None)  # null: results.json in the run directory
+    device: str = free("auto")
+    sampler: Any = free()
+    sampling: SamplingConfig = free(SamplingConfig)
+    evaluation: Any = free()
+
+
+ROOTS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
+FREE_WITHIN_GROUPS = ("data.path",)  # data may move; its fingerprint is checked instead
+
+
+def register() -> None:
+    """Make the schemas known to Hydra, as `<verb>_schema`."""
+    store = ConfigStore.instance()
+    for verb, schema in ROOTS.items():
+        store.store(name=f"{verb}_schema", node=schema)
+
+
+def validate(config: DictConfig) -> None:
+    """Check every value that needs nothing but the configuration; normalises image counts in place.
+
+    ConfigError names the first key that cannot work, its value and what it should be.
+    """
+    for key, value in leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}={value}: must be a finite number")
+    schema = OmegaConf.get_type(config)
+    assert schema is not None
+    for item in dataclasses.fields(schema):
+        if OmegaConf.is_missing(config, item.name):
+            raise ConfigError(f"{item.name}: is not set: add {item.name}=...")
+    if "trainer" in config:
+        _validate_trainer(config)
+    if "seed" in config:
+        _require(config, "seed", config.seed >= 0, "must be at least 0")
+        _require(config, "name", re.fullmatch(r"[\w.\-=,]+", config.name), "use letters, digits and ._-=,")
+    sampling = config.sampling
+    _require(config, "sampling.batch_size", sampling.batch_size >= 1, "must be at least 1")
+    _require(config, "sampling.guidance_scale", sampling.guidance_scale >= 0, "must be at least 0")
+    _require(config, "sampling.seed", sampling.seed >= 0, "must be at least 0")
+    _require_choice(config, "sampling.precision", ("fp32", "bf16", "fp16"))
+    is_weights = sampling.weights in ("ema", "model") or sampling.weights.startswith("ema_")
+    _require(config, "sampling.weights", is_weights, "choose ema, ema_<decay> or model")
+    if "num_images" in config:
+        _require(config, "num_images", config.num_images >= 1, "must be at least 1")
+    if "autoencoder" in config and config.sampler.get("clip_x_0") is True:
+        in_pixels = config.autoencoder._target_.endswith("IdentityAutoencoder")
+        _require(config, "sampler.clip_x_0", in_pixels, "latents are not bounded: set it to false")
+
+
+def _validate_trainer(config: DictConfig) -> None:
+    trainer = config.trainer
+    for item in dataclasses.fields(TrainerConfig):
+        if item.name.endswith("_images") and trainer[item.name] is not None:
+            trainer[item.name] = parse_images(trainer[item.name], f"trainer.{item.name}")
+    for key in ("batch_size", "keep_checkpoints", "total_images", "save_every_images", "log_every_images"):
+        _require(config, f"trainer.{key}", trainer[key] >= 1, "must be at least 1")
+    _require(config, "trainer.num_workers", trainer.num_workers >= 0, "must be at least 0")
+    for key in ("sample_every_images", "device_batch_size"):
+        _require(
+            config, f"trainer.{key}", trainer[key] is None or trainer[key] >= 1, "must be at least 1, or null"
+        )
+    positive = trainer.max_grad_norm is None or trainer.max_grad_norm > 0
+    _require(config, "trainer.max_grad_norm", positive, "must be positive, or null for no clipping")
+    decays_fit = len(trainer.ema_decays) > 0 and all(0 <= decay < 1 for decay in trainer.ema_decays)
+    _require(config, "trainer.ema_decays", decays_fit, "needs at least one number, each in [0, 1)")
+    _require_choice(config, "trainer.precision", ("bf16", "fp16", "fp32"))
+
+
+def parse_images(value: Images, key: str) -> int:
+    """A count of images: an integer, or a number with suffix k, M (powers of ten), Ki, Mi (of two)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(k|ki|m|mi)?", str(value), flags=re.IGNORECASE)
+    count = float(match[1]) * _SUFFIXES[(match[2] or "").lower()] if match else math.nan
+    if not count.is_integer():
+        raise ConfigError(f"{key}={value}: must be a whole number of images, such as 50000, 50k or 1.5M")
+    return int(count)
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every scalar of a nested configuration with its dotted key."""
+    if isinstance(config, DictConfig):
+        config = OmegaConf.to_container(config, resolve=True)
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(config, list):
+        for index, value in enumerate(config):
+            yield from leaves(value, f"{prefix}[{index}]")
+    else:
+        yield prefix, config
+
+
+def drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What changed between two resolved TrainConfigs, as `key: before -> after`: (fixed, free) changes."""
+    old, new = dict(leaves(before)), dict(leaves(after))
+    changes: tuple[list[str], list[str]] = ([], [])
+    for key in dict.fromkeys([*old, *new]):
+        if old.get(key, MISSING) != new.get(key, MISSING):
+            line = f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+            changes[may_change(key)].append(line)
+    return changes
+
+
+def may_change(key: str) -> bool:
+    """Whether a dotted key of TrainConfig is free on resume."""
+    if key in FREE_WITHIN_GROUPS:
+        return True
+    head, _, rest = key.partition(".")
+    fields = {item.name: item for item in dataclasses.fields(TrainConfig)}
+    if head == "trainer":
+        fields, head = {item.name: item for item in dataclasses.fields(TrainerConfig)}, rest
+    item = fields.get(head.partition("[")[0])
+    return item is not None and item.metadata["resume"] == "free"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean ...?)", or nothing if no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _require(config: DictConfig, key: str, holds: object, remedy: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key}={OmegaConf.select(config, key)}: {remedy}")
+
+
+def _require_choice(config: DictConfig, key: str, choices: tuple[str, ...]) -> None:
+    value = OmegaConf.select(config, key)
+    if value not in choices:
+        close = nearest(str(value), choices)
+        raise ConfigError(f"{key}={value}: choose {', '.join(choices)}{close}")

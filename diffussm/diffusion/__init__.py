@@ -1,0 +1,1 @@
+"""Diffusion: schedules, the Gaussian process, objectives, samplers and guidance over any callable."""

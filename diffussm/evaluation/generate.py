@@ -1,0 +1,60 @@
+"""Generation by index: image i, and its label, are functions of (seed, i) alone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from diffussm.runtime.seeding import SampleNoise, make_generator
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A batch of samples with their indices and labels (None: unconditional)."""
+
+    indices: Sequence[int]
+    images: UInt8[Tensor, "B C H W"]
+    labels: Int[Tensor, "B"] | None
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Everything between a seed and pixels.
+
+    Attributes:
+        sample: (x_T, labels, noise) to x_0; a sampler over a guided model.
+        to_pixels: x_0 to uint8 images.
+        latent_shape: (C, H, W) of x_T.
+        num_classes: None for an unconditional model.
+    """
+
+    sample: Callable[[Tensor, Tensor | None, Callable[[], Tensor]], Tensor]
+    to_pixels: Callable[[Tensor], Tensor]
+    latent_shape: tuple[int, int, int]
+    num_classes: int | None
+    seed: int
+    batch_size: int
+    device: torch.device
+
+    def generate(self, indices: Sequence[int], labels: Tensor | None = None) -> Iterator[Generated]:
+        """The images of these indices, in batches; labels are `balanced_labels` unless given."""
+        if labels is None and self.num_classes is not None:
+            labels = balanced_labels(self.seed, indices, self.num_classes)
+        for start in range(0, len(indices), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            noise = SampleNoise(self.seed, indices[part], self.latent_shape, self.device)
+            y = None if labels is None else labels[part].to(self.device)
+            x_0 = self.sample(noise(), y, noise)
+            yield Generated(indices[part], self.to_pixels(x_0).cpu(), None if y is None else y.cpu())
+
+
+def balanced_labels(seed: int, indices: Sequence[int], num_classes: int) -> Int[Tensor, "N"]:
+    """Labels of these indices: every block of num_classes indices holds each class once, shuffled."""
+    return torch.tensor([_label(seed, index, num_classes) for index in indices])
+
+
+def _label(seed: int, index: int, num_classes: int) -> int:
+    block, position = divmod(index, num_classes)
+    return int(torch.randperm(num_classes, generator=make_generator(seed, "labels", block))[position])

@@ -1,0 +1,57 @@
+"""Feature statistics as exact streams: float64 sums that merge by addition."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class FeatureStatistics:
+    """Mean and covariance of feature vectors, from running sums of them and of their outer products.
+
+    Independent, up to float64 rounding, of batch size and of the order of `update` and `merge`.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def update(self, features: Float[Tensor, "B dim"]) -> None:
+        """Count a batch in."""
+        x = features.double()
+        self.count += len(x)
+        self.sum += x.sum(dim=0)
+        self.outer += x.T @ x
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Count in what another stream has seen."""
+        self.count += other.count
+        self.sum += other.sum
+        self.outer += other.outer
+
+    @property
+    def mean(self) -> Float[Tensor, "dim"]:
+        """The sample mean."""
+        return self.sum / self.count
+
+    @property
+    def covariance(self) -> Float[Tensor, "dim dim"]:
+        """The unbiased sample covariance (over count - 1, as numpy.cov)."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, these statistics have {self.count}")
+        mean = self.mean
+        return (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors from which `from_state` makes the same statistics."""
+        return {"count": torch.tensor(self.count), "sum": self.sum, "outer": self.outer}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> "FeatureStatistics":
+        """The inverse of `state`."""
+        statistics = cls(len(state["sum"]))
+        statistics.count = int(state["count"])
+        statistics.sum, statistics.outer = state["sum"].double(), state["outer"].double()
+        return statistics

@@ -1,0 +1,145 @@
+"""Layers that the networks share, and the shape alphabet of the whole package.
+
+    B batch      C latent channels      H W latent height, width      L tokens = H W
+    M hourglass ratio      J = L / M shortened length      D width      N SSM state size
+    E width of the conditioning vector
+
+`tag` marks each parameter, where it is made, with the role that the optimiser needs to know.
+"""
+
+import math
+from typing import Literal, TypeVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Role = Literal["decay", "no_decay", "ssm"]
+Tagged = TypeVar("Tagged", bound=nn.Parameter | nn.Module)
+
+
+def tag(item: Tagged, role: Role | None = None) -> Tagged:
+    """Give a parameter, or every parameter of a module, its optimiser role; returns the item itself.
+
+    decay: matrices, subject to weight decay. no_decay: biases, gains, embeddings. ssm: A, B and dt of a
+    state-space model, with a learning rate of their own and no decay. Without a role, matrices decay.
+    """
+    parameters = [item] if isinstance(item, nn.Parameter) else list(item.parameters())
+    for parameter in parameters:
+        parameter.role = role or ("decay" if parameter.ndim > 1 else "no_decay")  # type: ignore[attr-defined]
+    return item
+
+
+def linear(in_features: int, out_features: int, *, zero: bool = False) -> nn.Linear:
+    """A tagged `nn.Linear`, xavier-uniform (or zero) with zero bias."""
+    layer = nn.Linear(in_features, out_features)
+    if zero:
+        nn.init.zeros_(layer.weight)
+    else:
+        nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return tag(layer)
+
+
+class _Bank(nn.Module):
+    """M linear maps, one for each position k within a group of M neighbouring tokens."""
+
+    def __init__(self, num_maps: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = tag(nn.Parameter(torch.empty(num_maps, out_features, in_features)))
+        self.bias = tag(nn.Parameter(torch.zeros(num_maps, out_features)), "no_decay")
+        for weight in self.weight.data:
+            nn.init.xavier_uniform_(weight)
+
+
+class DownScale(_Bank):
+    """Shorten: map token k of each group by W_k and lay the M results side by side.
+
+    (B, L, in_features) -> (B, L/M, M * out_features).
+    """
+
+    def forward(self, x: Float[Tensor, "B L D_in"]) -> Float[Tensor, "B J M_D_out"]:
+        x = rearrange(x, "b (j m) i -> b j m i", m=len(self.weight))
+        x = torch.einsum("bjmi,moi->bjmo", x, self.weight) + self.bias
+        return x.flatten(2)
+
+
+class UpScale(_Bank):
+    """Lengthen: token k of each group is W_k applied to the group's vector.
+
+    (B, L/M, in_features) -> (B, L, out_features).
+    """
+
+    def forward(self, x: Float[Tensor, "B J D_in"]) -> Float[Tensor, "B L D_out"]:
+        x = nn.functional.linear(x, self.weight.flatten(0, 1), self.bias.flatten())
+        return rearrange(x, "b j (m o) -> b (j m) o", m=len(self.weight))
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of the timestep through a two-layer MLP: (B,) -> (B, E)."""
+
+    def __init__(self, embedding_dim: int, frequency_dim: int = 256) -> None:
+        super().__init__()
+        self.frequency_dim = frequency_dim
+        layers = linear(frequency_dim, embedding_dim), linear(embedding_dim, embedding_dim)
+        for layer in layers:
+            nn.init.normal_(layer.weight, std=0.02)
+        self.mlp = nn.Sequential(layers[0], nn.SiLU(), layers[1])
+
+    def forward(self, t: Int[Tensor, "B"] | Float[Tensor, "B"]) -> Float[Tensor, "B E"]:
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(timestep_sinusoid(t, self.frequency_dim).to(dtype))
+
+
+def timestep_sinusoid(
+    t: Int[Tensor, "B"] | Float[Tensor, "B"], dim: int, max_period: float = 10_000.0
+) -> Float[Tensor, "B dim"]:
+    """[cos(t w_k), sin(t w_k)] with w_k = max_period^(-k / (dim/2)), k = 0 .. dim/2 - 1, in fp32."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    phase = t.float()[:, None] * torch.exp(-math.log(max_period) * exponent)
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels to vectors: (B,) in 0..num_classes-1 -> (B, E); the only place where labels are dropped.
+
+    With `dropout_prob` > 0 the table has one more row, the null label, which stands for "no class".
+    """
+
+    def __init__(self, num_classes: int, embedding_dim: int, dropout_prob: float) -> None:
+        super().__init__()
+        if not 0 <= dropout_prob < 1:
+            raise ValueError(f"class_dropout_prob={dropout_prob}: must be at least 0 and below 1")
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
+        self.null_label = num_classes if dropout_prob > 0 else None
+        table = nn.Embedding(num_classes + (self.null_label is not None), embedding_dim)
+        nn.init.normal_(table.weight, std=0.02)
+        self.table = tag(table, "no_decay")
+
+    def forward(
+        self, y: Int[Tensor, "B"] | None, batch_size: int, drop_uniform: Float[Tensor, "B"] | None = None
+    ) -> Float[Tensor, "B E"]:
+        """Embed `y` (None: the null label); in training replace a label where its uniform draw is < p."""
+        if y is None:
+            if self.null_label is None:
+                raise ValueError("labels are needed: without class_dropout_prob there is no null label")
+            device = next(self.table.parameters()).device
+            y = torch.full((batch_size,), self.null_label, device=device)
+        if self.training and self.null_label is not None:
+            if drop_uniform is None:
+                drop_uniform = torch.rand(y.shape, device=y.device)
+            y = torch.where(self.dropped(drop_uniform), self.null_label, y)
+        return self.table(y)
+
+    def dropped(self, drop_uniform: Float[Tensor, "B"]) -> Bool[Tensor, "B"]:
+        """Which labels these uniform draws in [0, 1) drop."""
+        return drop_uniform < self.dropout_prob
+
+
+def modulate(
+    x: Float[Tensor, "B L D"], scale: Float[Tensor, "B D"], shift: Float[Tensor, "B D"]
+) -> Float[Tensor, "B L D"]:
+    """adaLN: x (1 + scale) + shift, the same for every token."""
+    return x * (1 + scale[:, None]) + shift[:, None]

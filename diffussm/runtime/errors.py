@@ -1,0 +1,54 @@
+"""What can end a command, and the exit code that tells a scheduler about it.
+
+    0 done    2 config    65 data    70 diverged    71 out of memory    73 run directory    74 I/O    75 preempted
+
+Each error's message is one line for a person: what is wrong, where, and what to change.
+"""
+
+
+class UserError(Exception):
+    """An end that the command line reports as one line, with the class's exit code."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A configuration key or value that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Data that is missing, damaged or not what the configuration says."""
+
+    exit_code = 65
+
+
+class DivergedError(UserError):
+    """Training that no longer produces finite gradients."""
+
+    exit_code = 70
+
+
+class OutOfMemoryError(UserError):
+    """A step that does not fit on the device."""
+
+    exit_code = 71
+
+
+class RunDirectoryError(UserError):
+    """A run directory that is in use, unusable, or holds another run or damaged checkpoints."""
+
+    exit_code = 73
+
+
+class StorageError(UserError):
+    """A write that failed: disk full, quota, permissions."""
+
+    exit_code = 74
+
+
+class Preempted(UserError):  # noqa: N818  (an orderly stop)
+    """A stop by signal after a full checkpoint; the same command continues."""
+
+    exit_code = 75

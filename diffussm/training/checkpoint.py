@@ -1,0 +1,205 @@
+"""Checkpoints: directories of safetensors and JSON with a SHA-256 manifest, published by one rename.
+
+    step-000000001234/
+      model.safetensors  ema_0.9999.safetensors  optimizer.safetensors
+      train_state.json   config.json             manifest.json (written last)
+
+Nothing is unpickled on any path. Safetensors, like every format, loads flipped bits without a word, so
+every file is checked against the manifest before it is parsed. See `CheckpointStore` for the life cycle.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from diffussm.runtime.errors import RunDirectoryError, StorageError
+from diffussm.runtime.run_dir import sync_directory, write_and_sync
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_PUBLISHED = re.compile(r"step-\d{12}")
+_FILE = re.compile(r"[A-Za-z0-9_.\-]+\.(safetensors|json)")
+
+
+class Checkpoint:
+    """A published checkpoint whose every file has been found to match the manifest."""
+
+    def __init__(self, path: Path) -> None:
+        """Verify the directory; RunDirectoryError names the first file that is missing or damaged."""
+        self.path = path
+        self.manifest = _read_manifest(path)
+        for name, entry in self.files.items():
+            _verify(path / name, entry)
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Name to size and SHA-256."""
+        return self.manifest["files"]
+
+    @property
+    def sha256(self) -> str:
+        """A hash that stands for the whole checkpoint."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def ema_names(self) -> list[str]:
+        """The averaged weights it holds, `ema_<decay>`, in the order of the run's configuration."""
+        return [name.removesuffix(".safetensors") for name in self.files if name.startswith("ema_")]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of NAME.safetensors."""
+        return safetensors.torch.load_file(self._known(f"{name}.safetensors"))
+
+    def document(self, name: str) -> dict[str, Any]:
+        """The content of NAME.json."""
+        return json.loads(self._known(f"{name}.json").read_bytes())
+
+    def check_model(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse, naming both sides, unless this is a checkpoint of a model with these tensors."""
+        ours, theirs = _describe(state), self.manifest["model"]
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise RunDirectoryError(
+                    f"{self.path}: a checkpoint of another model: {name} is {theirs.get(name, 'absent')} there "
+                    f"and {ours.get(name, 'absent')} in the model: use its configuration or another run_dir"
+                )
+
+    def _known(self, file: str) -> Path:
+        if file not in self.files:
+            raise RunDirectoryError(f"{self.path}: holds no {file}: it has {', '.join(self.files)}")
+        return self.path / file
+
+
+class CheckpointStore:
+    """The checkpoints of one run: the newest valid one is where it continues.
+
+    Args:
+        root: the directory of step-... directories.
+        keep: how many are kept; older ones go only after a newer one is published.
+        warn: told, in one line, of each damaged checkpoint that is passed over.
+    """
+
+    def __init__(self, root: Path, keep: int = 2, warn: Callable[[str], None] = print) -> None:
+        self.root, self.keep, self.warn = root, keep, warn
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]) -> Path:
+        """Publish a checkpoint; `tensors` must hold one group named `model`. StorageError if it cannot."""
+        path = self.root / f"step-{step:012d}"
+        temporary = self.root / f".tmp-{path.name}"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            files = {}
+            for name, group in tensors.items():
+                content = safetensors.torch.save({key: tensor.contiguous() for key, tensor in group.items()})
+                files[f"{name}.safetensors"] = _write(temporary / f"{name}.safetensors", content)
+            for name, document in documents.items():
+                content = json.dumps(document, indent=2, allow_nan=False).encode()
+                files[f"{name}.json"] = _write(temporary / f"{name}.json", content)
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "model": _describe(tensors["model"]),
+                "files": files,
+            }
+            write_and_sync(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
+            sync_directory(temporary)
+            if path.exists():  # a damaged one that was passed over, or the same step saved twice
+                shutil.rmtree(path)
+            temporary.rename(path)
+            sync_directory(self.root)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise StorageError(
+                f"{path}: {error.strerror or error}: the checkpoints before it are intact; free some space"
+            ) from error
+        for old in self.paths()[: -self.keep]:
+            shutil.rmtree(old)
+        return path
+
+    def newest_valid(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies; None if there is none at all.
+
+        RunDirectoryError if there are checkpoints and all are damaged: a run never restarts silently.
+        """
+        paths = self.paths()
+        for path in reversed(paths):
+            try:
+                return Checkpoint(path)
+            except RunDirectoryError as error:
+                self.warn(f"passing over a damaged checkpoint: {error}")
+        if paths:
+            raise RunDirectoryError(
+                f"{self.root}: {len(paths)} checkpoint(s), none valid: restore one, or move the run directory "
+                "away to start anew"
+            )
+        return None
+
+    def paths(self) -> list[Path]:
+        """All published checkpoints, oldest first."""
+        if not self.root.is_dir():
+            return []
+        return sorted(path for path in self.root.iterdir() if _PUBLISHED.fullmatch(path.name))
+
+
+def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> Checkpoint:
+    """A checkpoint from its own directory, or the newest valid one of a run directory."""
+    if (path / MANIFEST).exists() or _PUBLISHED.fullmatch(path.name):
+        return Checkpoint(path)
+    root = path if path.name == "checkpoints" else path / "checkpoints"
+    checkpoint = CheckpointStore(root, warn=warn).newest_valid()
+    if checkpoint is None:
+        raise RunDirectoryError(
+            f"checkpoint={path}: no checkpoint there: give a run directory or one of its checkpoints/step-..."
+        )
+    return checkpoint
+
+
+def _describe(state: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in sorted(state.items())}
+
+
+def _write(path: Path, content: bytes) -> dict[str, Any]:
+    write_and_sync(path, content)
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_bytes())
+        version, names, model = manifest["format_version"], list(manifest["files"]), manifest["model"]
+        whole = all(_FILE.fullmatch(name) for name in names) and isinstance(model, dict)
+    except FileNotFoundError:
+        raise RunDirectoryError(f"{file}: missing: not a complete checkpoint") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunDirectoryError(f"{file}: damaged ({type(error).__name__}): use another checkpoint") from None
+    if not whole or "model.safetensors" not in names:
+        raise RunDirectoryError(f"{file}: damaged or hostile: file names or contents that no checkpoint has")
+    if version != FORMAT_VERSION:
+        raise RunDirectoryError(f"{file}: format_version {version}, this diffussm reads {FORMAT_VERSION}")
+    return manifest
+
+
+def _verify(path: Path, entry: Mapping[str, Any]) -> None:
+    digest, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: {error.strerror}: use another checkpoint") from None
+    if size != entry["size"]:
+        raise RunDirectoryError(f"{path}: truncated: expected {entry['size']} bytes, found {size}")
+    if digest.hexdigest() != entry["sha256"]:
+        expected, found = entry["sha256"][:12], digest.hexdigest()[:12]
+        raise RunDirectoryError(f"{path}: damaged: expected SHA-256 {expected}..., found {found}...")
