@@ -229,7 +229,7 @@ def construct(node: DictConfig, key: str, **arguments: Any) -> Any:
 
 def bound(node: DictConfig, key: str) -> Callable[..., Any]:
     """The function or class of a group with its options bound; the rest of its arguments come at the call."""
-    check_signature(node, key)
+    node = check_signature(node, key)
     try:
         return hydra.utils.instantiate(node, _convert_="all", _partial_=True)
     except InstantiationException as error:  # from a nested object
@@ -239,8 +239,12 @@ def bound(node: DictConfig, key: str) -> Callable[..., Any]:
         raise ConfigError(_with_key(key, cause)) from error
 
 
-def check_signature(node: DictConfig, key: str) -> None:
-    """Check a group's keys and scalar values against the parameters and type hints of its target."""
+def check_signature(node: DictConfig, key: str) -> DictConfig:
+    """Check a group's keys and scalar values against the parameters and type hints of its target.
+
+    Returns the group with integers made floats where the target wants floats.
+    """
+    node = node.copy()
     try:
         target = hydra.utils.get_object(node._target_)
     except Exception as error:  # whatever importing a user's module may raise
@@ -248,13 +252,16 @@ def check_signature(node: DictConfig, key: str) -> None:
     parameters = inspect.signature(target).parameters
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for name, value in ((str(name), value) for name, value in node.items()):
+    for name, value in [(str(name), value) for name, value in node.items()]:
         if name in ("_target_", "_partial_", "_convert_", "_recursive_"):
             continue
         if name not in parameters and not takes_any:
             raise ConfigError(f"{key}.{name}: no such key{nearest(name, parameters)}")
         if not isinstance(value, DictConfig) and not _fits(value, hints.get(name, Any)):
             raise ConfigError(f"{key}.{name}={value}: must be {_describe(hints[name])}")
+        if hints.get(name) is float:
+            node[name] = float(value)
+    return node
 
 
 def _fits(value: Any, hint: Any) -> bool:

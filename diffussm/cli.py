@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _RUN[options.verb](options)
     except UserError as error:
-        print(f"diffussm: {error}", file=sys.stderr)
+        print("diffussm:", *str(error).split(), file=sys.stderr)  # one line, whatever it quotes
         return error.exit_code
     except KeyboardInterrupt:
         print("diffussm: interrupted", file=sys.stderr)
@@ -212,7 +212,7 @@ def _open_checkpoint(options: argparse.Namespace) -> tuple["Checkpoint", "DictCo
 
     given = [value.partition("=")[2] for value in options.overrides if value.startswith("checkpoint=")]
     if not given:
-        raise ConfigError("checkpoint: is not set: add checkpoint=RUN_DIRECTORY")
+        raise ConfigError("checkpoint: not set: add checkpoint=RUN_DIRECTORY")
     checkpoint = find_checkpoint(Path(given[-1]), _note)
     trained = OmegaConf.create(checkpoint.document("config"))
     assert isinstance(trained, DictConfig)

@@ -10,6 +10,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,6 +37,10 @@ def compose(
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"{override}: not an override: write key=value")
+        try:
+            OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            raise ConfigError(f"{override}: cannot be read: {_first_line(error)}: quote it or mend it") from error
     schema.register()
     for group, node in (from_checkpoint or {}).items():
         if isinstance(node, Mapping):

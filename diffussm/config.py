@@ -132,14 +132,11 @@ def validate(config: DictConfig) -> None:
 
     ConfigError names the first key that cannot work, its value and what it should be.
     """
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(f"{', '.join(missing)}: not set: add {' '.join(f'{key}=...' for key in missing)}")
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value}: must be a finite number")
-    schema = OmegaConf.get_type(config)
-    assert schema is not None
-    for item in dataclasses.fields(schema):
-        if OmegaConf.is_missing(config, item.name):
-            raise ConfigError(f"{item.name}: is not set: add {item.name}=...")
     if "trainer" in config:
         _validate_trainer(config)
     if "seed" in config:

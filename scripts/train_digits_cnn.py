@@ -47,6 +47,7 @@ def main() -> None:
         DIGITS_WEIGHTS.with_name("digits_reference.npz"),
         arr_0=train_data.images.permute(0, 2, 3, 1).numpy(),
         held_out=held_out.images.permute(0, 2, 3, 1).numpy(),
+        held_out_labels=held_out.labels.numpy(),
         preprocessing="scikit-learn digits, value * 255 / 16 rounded",
         **arrays,
     )

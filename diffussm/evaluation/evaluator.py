@@ -4,6 +4,7 @@ import hashlib
 import math
 import platform
 import time
+import zipfile
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ class Reference:
 
     `mu, sigma, mu_s, sigma_s` are statistics of pool and spatial features over the whole training set,
     `arr_0` (N, H, W, C) uint8 the images behind precision and recall. Optional: `held_out`, images like arr_0
-    that the network never saw, which show what a perfect model would score.
+    that the network never saw, which show what a perfect model would score, and `held_out_labels`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,9 +38,12 @@ class Reference:
                 self.pool = (arrays["mu"], arrays["sigma"])
                 self.spatial = (arrays["mu_s"], arrays["sigma_s"])
                 self.images = _to_nchw(arrays["arr_0"])
-                self.held_out = _to_nchw(arrays["held_out"]) if "held_out" in arrays else None
-                self.preprocessing = str(arrays["preprocessing"]) if "preprocessing" in arrays else "unknown"
-        except (OSError, ValueError, KeyError) as error:
+                held_out = arrays.get("held_out")
+                self.held_out = None if held_out is None else _to_nchw(held_out)
+                labels = arrays.get("held_out_labels")
+                self.held_out_labels = None if labels is None else torch.from_numpy(labels)
+                self.preprocessing = str(arrays.get("preprocessing", "unknown"))
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise DataError(f"evaluation.reference={path}: not a reference file: {error}") from error
         self.path, self.sha256 = path, hashlib.sha256(content).hexdigest()
 
@@ -84,7 +88,7 @@ class Evaluation:
         images = self.reference.held_out
         if images is None:
             return None
-        batch = Generated(range(len(images)), images, None)
+        batch = Generated(range(len(images)), images, self.reference.held_out_labels)
         return {**self._measure([batch], device), "num_samples": len(images)}
 
     def record(self) -> dict[str, Any]:

@@ -187,6 +187,6 @@ def convolve(u: Float[Tensor, "B D L"], kernel: Float[Tensor, "channels L"]) -> 
     d_model, length = u.shape[1], u.shape[2]
     n = 2 * length  # zero padding: circular products must not wrap around
     spectrum = torch.fft.rfft(kernel, n=n)
-    transfer = torch.stack([spectrum[:d_model], *(s.conj() for s in spectrum[d_model:].split(d_model))])
+    transfer = torch.cat([spectrum[:d_model], spectrum[d_model:].conj()]).unflatten(0, (-1, d_model))
     y = torch.fft.irfft(torch.fft.rfft(u, n=n)[:, None] * transfer, n=n)[..., :length]
     return y.flatten(1, 2)

@@ -145,7 +145,7 @@ class Trainer:
                 if self.images >= self.total_images:
                     break
                 self.run_step(batch)
-                progress.advance(self.batch_size, self.window.summary)
+                progress.advance(self.batch_size, self.window.headline)
                 self.after_step(progress.say)
         finally:
             progress.close()
@@ -364,6 +364,11 @@ class _Window:
         """The norm of one step's gradient before clipping."""
         self.grad_norm_sum = self.grad_norm_sum + grad_norm.detach()
         self.num_updates += 1
+
+    def headline(self) -> dict[str, float]:
+        """What a progress line has room for."""
+        summary = self.summary()
+        return {name: summary[name] for name in ("loss", "grad_norm") if summary.get(name) is not None}
 
     def summary(self) -> dict[str, Any]:
         """Mean terms, loss by timestep quartile (q0: least noise), gradient norm, images per second."""

@@ -1,0 +1,205 @@
+"""DiffuSSM: the paper's parameter counts, its equations against a slow spelling-out, and its contracts."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import gelu, layer_norm, silu
+
+import diffussm
+from diffussm.models import DiffuSSM
+from diffussm.runtime.errors import ConfigError
+
+
+def tiny(**options) -> DiffuSSM:
+    """A small model with every parameter away from zero, in eval mode."""
+    torch.manual_seed(0)
+    arguments = {"in_channels": 3, "num_classes": 5, "hidden_size": 8, "depth": 2, "d_state": 4, **options}
+    model = DiffuSSM(**arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(batch, 3, 4, 4, generator=generator),
+        torch.randint(1000, (batch,), generator=generator),
+        torch.randint(5, (batch,), generator=generator),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "millions"),
+    [
+        ("diffussm_xl", {}, 673.1),
+        ("diffussm_xl", {"learn_B": False}, 668.9),
+        ("diffussm_l", {}, 261.1),
+        ("diffussm_s", {}, 35.5),
+    ],
+)
+def test_parameter_counts_are_the_papers(name, overrides, millions):
+    with torch.device("meta"):
+        model = diffussm.create_model(name, **overrides)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert round(count / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4])
+def test_dense_layers_hold_10_plus_2M_D_squared(ratio):
+    width = 16
+    with torch.device("meta"):
+        block = DiffuSSM(hidden_size=width, depth=1, hourglass_ratio=ratio).blocks[0]
+    matrices = [p for module in (block.dense, block.fusion) for p in module.parameters() if p.role == "decay"]
+    assert sum(p.numel() for p in matrices) == (10 + 2 * ratio) * width**2
+
+
+def spelled_out(model: DiffuSSM, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The whole network token by token, from the equations."""
+    M, D = model.hourglass_ratio, model.x_embedder.out_features
+    batch, _, height, width = x_t.shape
+    L, J = height * width, height * width // M
+    c = model.t_embedder(t) + model.y_embedder.table(y)
+    x = torch.stack([model.x_embedder(x_t[:, :, l // width, l % width]) for l in range(L)], dim=1)
+    for block in model.blocks:
+        gamma, beta, alpha = block.adaLN_modulation(silu(c)).chunk(3, dim=1)
+        h = layer_norm(x, (D,), eps=1e-6) * (1 + gamma[:, None]) + beta[:, None]
+        bank = lambda layer, k, v: v @ layer.weight[k].T + layer.bias[k]  # noqa: E731
+        I = [torch.cat([bank(block.dense.down, k, h[:, M * j + k]) for k in range(M)], 1) for j in range(J)]
+        U = [gelu(bank(block.dense.up, l % M, gelu(block.dense.mlp(I[l // M])))) for l in range(L)]
+        Y = block.ssm(torch.stack(U, dim=1))
+        O = []
+        for j in range(J):
+            I2 = torch.cat([gelu(bank(block.fusion.down, k, Y[:, M * j + k])) for k in range(M)], 1)
+            O.append(block.fusion.out(gelu(block.fusion.value(I2)) * gelu(block.fusion.gate(I[j]))))
+        x = x + alpha[:, None] * torch.stack([bank(block.fusion.up, l % M, O[l // M]) for l in range(L)], 1)
+    scale, shift = model.final_layer.adaLN_modulation(silu(c)).chunk(2, dim=1)
+    x = layer_norm(x, (D,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    out = model.final_layer.linear(x)
+    pixels = torch.empty(batch, out.shape[-1], height, width, dtype=out.dtype)
+    for l in range(L):
+        pixels[:, :, l // width, l % width] = out[:, l]
+    return pixels
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4])
+def test_equals_the_equations_in_values_and_gradients(ratio):
+    model = tiny(hourglass_ratio=ratio).double()
+    x_t, t, y = inputs()
+    x_t = x_t.double()
+    gradients = []
+    for network in (model, lambda *a: spelled_out(model, *a)):
+        model.zero_grad()
+        output = network(x_t, t, y)
+        (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum().backward()
+        gradients.append((output.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    (fast, fast_gradients), (slow, slow_gradients) = gradients
+    assert torch.allclose(fast, slow, rtol=1e-9, atol=1e-12)
+    for name, gradient in slow_gradients.items():
+        assert torch.allclose(fast_gradients[name], gradient, rtol=1e-7, atol=1e-9), name
+
+
+def test_starts_as_the_zero_function():
+    model = DiffuSSM(in_channels=3, num_classes=5, hidden_size=8, depth=1)
+    assert (model(*inputs()) == 0).all()
+
+
+@pytest.mark.parametrize(("learn_sigma", "channels"), [(True, 6), (False, 3)])
+def test_output_channels(learn_sigma, channels):
+    assert tiny(learn_sigma=learn_sigma)(*inputs()).shape == (2, channels, 4, 4)
+
+
+def test_every_parameter_is_trained_and_has_a_role():
+    model = tiny().train()
+    x_t, t, y = inputs()
+    model(x_t, t, y, drop_uniform=torch.ones(2)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        assert parameter.role in ("decay", "no_decay", "ssm"), name
+
+
+def test_tokens_beyond_the_group_reach_every_output():
+    model = tiny()
+    x_t, t, y = inputs(1)
+    x_t.requires_grad_()
+    for row, column in ((0, 0), (3, 3)):
+        gradient = torch.autograd.grad(model(x_t, t, y)[0, :, row, column].sum(), x_t)[0]
+        assert (gradient.abs().sum(dim=1) > 0).all()
+
+
+def test_labels_are_dropped_in_training_only_and_by_the_given_draws():
+    model = tiny(class_dropout_prob=0.5)
+    x_t, t, y = inputs()
+    null = torch.full_like(y, model.null_label)
+    draws = torch.tensor([0.4, 0.6])
+    kept, dropped = model(x_t, t, y), model(x_t, t, null)
+    assert torch.equal(model(x_t, t, y, drop_uniform=draws), kept)
+    model.train()
+    mixed = model(x_t, t, y, drop_uniform=draws)
+    assert torch.allclose(mixed[0], dropped[0], atol=1e-6) and not torch.allclose(mixed[0], kept[0], atol=1e-3)
+    assert torch.allclose(mixed[1], kept[1], atol=1e-6)
+
+
+def test_dropout_without_draws_drops_the_given_share():
+    model = tiny(class_dropout_prob=0.3)
+    model.train()
+    seen = []
+    model.y_embedder.table.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    torch.manual_seed(0)
+    model.y_embedder(torch.zeros(4000, dtype=torch.long), 4000)
+    assert (seen[0] == model.null_label).float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_no_labels_means_the_null_label():
+    model = tiny()
+    x_t, t, y = inputs()
+    assert torch.equal(model(x_t, t), model(x_t, t, torch.full_like(y, model.null_label)))
+    with pytest.raises(ValueError, match="labels are needed"):
+        tiny(class_dropout_prob=0.0)(x_t, t)
+
+
+def test_unconditional_model_takes_no_labels():
+    model = tiny(num_classes=None)
+    x_t, t, y = inputs()
+    assert model.null_label is None and model(x_t, t).shape == (2, 6, 4, 4)
+    with pytest.raises(ValueError, match="unconditional"):
+        model(x_t, t, y)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_size": 9}, "hidden_size=9: must be divisible by hourglass_ratio=2"),
+        ({"hourglass_ratio": 0}, "hourglass_ratio=0"),
+        ({"depth": 0}, "depth=0"),
+        ({"num_classes": 0}, "num_classes=0"),
+        ({"class_dropout_prob": 1.0}, "class_dropout_prob=1.0"),
+    ],
+)
+def test_refuses_bad_options_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
+
+
+def test_refuses_latents_that_the_hourglass_does_not_divide():
+    with pytest.raises(ValueError, match="9 tokens"):
+        tiny()(torch.zeros(1, 3, 3, 3), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+
+
+def test_bf16_autocast_stays_close_to_fp32():
+    model = tiny()
+    exact = model(*inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(*inputs())
+    assert (rounded - exact).norm() / exact.norm() < 0.05
+
+
+def test_create_model_names_what_it_does_not_know():
+    with pytest.raises(ConfigError, match=r"model=diffusm_s: choose .*did you mean diffussm_s"):
+        diffussm.create_model("diffusm_s")
+    with pytest.raises(ConfigError, match=r"model\.hiden_size: no such key \(did you mean hidden_size"):
+        diffussm.create_model("diffussm_s", hiden_size=3)
+    with pytest.raises(ConfigError, match=r"model\.hidden_size=7: must be divisible"):
+        diffussm.create_model("diffussm_tiny", hidden_size=7)
+    assert isinstance(diffussm.create_model("diffussm_tiny", depth=1), nn.Module)

@@ -1,0 +1,178 @@
+"""S4D against the state recurrence, step by step in complex float64: values and every gradient."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffussm.models import S4D
+from diffussm.models.ssm import initial_A_imag
+
+GRADIENT_NAMES = ("log_dt", "log_A_real", "A_imag", "B", "C", "D")
+
+
+def recurrence(layer: S4D, u: Tensor) -> Tensor:
+    """x_l = Abar x_{l-1} + Bbar u_l, y_l = 2 Re(C x_l) + D u_l, and the same from the end, as written."""
+    A = torch.complex(-layer.log_A_real.exp(), layer.A_imag)
+    B = torch.view_as_complex(layer.B) if layer.B is not None else torch.ones_like(A)
+    C = torch.view_as_complex(layer.C)
+    dt = layer.log_dt.exp()[:, None]
+    if layer.discretization == "zoh":
+        Abar = (dt * A).exp()
+        Bbar = (Abar - 1) / A * B
+    else:
+        Abar = (1 + dt * A / 2) / (1 - dt * A / 2)
+        Bbar = dt / (1 - dt * A / 2) * B
+    outputs = []
+    d_model = u.shape[-1]
+    for direction in range(2 if layer.bidirectional else 1):
+        part = slice(direction * d_model, (direction + 1) * d_model)
+        v = u if direction == 0 else u.flip(1)
+        x = torch.zeros(u.shape[0], d_model, A.shape[1], dtype=A.dtype)
+        steps = []
+        for position in range(u.shape[1]):
+            x = Abar[part] * x + Bbar[part] * v[:, position, :, None]
+            steps.append(2 * (C[part] * x).sum(-1).real + layer.D[part] * v[:, position])
+        y = torch.stack(steps, dim=1)
+        outputs.append(y if direction == 0 else y.flip(1))
+    return torch.cat(outputs, dim=-1)
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return float(((a.double() - b.double()).norm() / b.double().norm()).detach())
+
+
+def perturbed(**options: object) -> S4D:
+    """A layer whose every parameter is away from its initial value."""
+    layer = S4D(3, d_state=8, **options)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return layer
+
+
+@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
+@pytest.mark.parametrize("init", ["lin", "inv", "legs"])
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("learn_B", [True, False])
+def test_equals_the_recurrence_in_values_and_gradients(discretization, init, bidirectional, learn_B):
+    torch.manual_seed(0)
+    layer = perturbed(discretization=discretization, init=init, bidirectional=bidirectional, learn_B=learn_B)
+    exact = perturbed(
+        discretization=discretization, init=init, bidirectional=bidirectional, learn_B=learn_B
+    ).double()
+    exact.load_state_dict(layer.state_dict())
+    u = torch.randn(2, 37, 3, requires_grad=True)
+    u_exact = u.detach().double().requires_grad_()
+    y, expected = layer(u), recurrence(exact, u_exact)
+    weight = torch.randn(expected.shape, dtype=torch.float64)
+    (y * weight.float()).sum().backward()
+    (expected * weight).sum().backward()
+    assert y.shape == (2, 37, 6 if bidirectional else 3)
+    assert relative_error(y, expected) < 1e-5
+    assert relative_error(u.grad, u_exact.grad) < 1e-4
+    for name in GRADIENT_NAMES:
+        if getattr(layer, name) is not None:
+            assert relative_error(getattr(layer, name).grad, getattr(exact, name).grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 64, 1000, 1024])
+def test_is_exact_at_any_length(length):
+    torch.manual_seed(length)
+    layer = S4D(2)
+    exact = S4D(2).double()
+    exact.load_state_dict(layer.state_dict())
+    u = torch.randn(1, length, 2)
+    with torch.no_grad():
+        assert relative_error(layer(u), recurrence(exact, u.double())) < 1e-5
+
+
+def test_float64_agrees_to_rounding():
+    torch.manual_seed(0)
+    layer = S4D(2, d_state=4).double()
+    u = torch.randn(1, 50, 2, dtype=torch.float64)
+    assert relative_error(layer(u), recurrence(layer, u)) < 1e-12
+
+
+def test_forward_is_causal_and_backward_anticausal_and_both_see_their_own_position():
+    torch.manual_seed(0)
+    layer = S4D(2).double()
+    u = torch.randn(1, 9, 2, dtype=torch.float64, requires_grad=True)
+    y = layer(u)
+    position = 4
+    forward, backward = (
+        torch.autograd.grad(y[0, position, half].sum(), u, retain_graph=True)[0]
+        for half in (slice(0, 2), slice(2, 4))
+    )
+    seen_forward = forward[0].abs().sum(-1) > 1e-9
+    seen_backward = backward[0].abs().sum(-1) > 1e-9
+    assert seen_forward.tolist() == [True] * 5 + [False] * 4
+    assert seen_backward.tolist() == [False] * 4 + [True] * 5
+
+
+def test_is_stable_whatever_the_parameters_become():
+    torch.manual_seed(0)
+    layer = S4D(2, d_state=4)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=3)
+    for discretization in ("zoh", "bilinear"):
+        layer.discretization = discretization
+        assert (layer.discretize().log_modulus <= 0).all()
+        assert layer(torch.randn(1, 500, 2)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_kernel_and_convolution_in_fp32(dtype):
+    torch.manual_seed(0)
+    layer = S4D(4)
+    u = torch.randn(2, 100, 4)
+    with torch.autocast("cpu", dtype=dtype):
+        y = layer(u)
+        assert layer(u.to(dtype)).dtype == dtype
+    assert torch.equal(y, layer(u))
+
+
+def test_initial_states_are_the_published_ones():
+    n = torch.arange(4)
+    assert torch.allclose(initial_A_imag("lin", 8), math.pi * n)
+    assert torch.allclose(initial_A_imag("inv", 8), 8 / math.pi * (8 / (2 * n + 1) - 1))
+    # HiPPO-LegS itself, from its definition: A + P P^T is normal and has the eigenvalues -1/2 +- i w.
+    k = torch.arange(8, dtype=torch.float64)
+    root = (2 * k + 1).sqrt()
+    hippo = -torch.tril(torch.outer(root, root), -1) - torch.diag(k + 1)
+    normal = hippo + torch.outer((k + 0.5).sqrt(), (k + 0.5).sqrt())
+    eigenvalues = torch.linalg.eigvals(normal)
+    assert torch.allclose(eigenvalues.real, torch.full((8,), -0.5, dtype=torch.float64), atol=1e-9)
+    positive = eigenvalues.imag[eigenvalues.imag > 0].sort().values
+    assert torch.allclose(initial_A_imag("legs", 8).double(), positive, atol=1e-5)
+
+
+def test_steps_start_within_their_range_and_A_at_one_half():
+    layer = S4D(256, dt_min=0.01, dt_max=0.5)
+    dt = layer.log_dt.exp()
+    assert dt.min() >= 0.01 * 0.999 and dt.max() <= 0.5 * 1.001
+    assert dt.median().item() == pytest.approx(math.sqrt(0.01 * 0.5), rel=0.3)
+    assert torch.allclose(-layer.log_A_real.exp(), torch.tensor(-0.5))
+
+
+def test_parameters_declare_their_optimiser_role():
+    roles = {name: parameter.role for name, parameter in S4D(2).named_parameters()}
+    assert roles == {
+        "log_dt": "ssm", "log_A_real": "ssm", "A_imag": "ssm", "B": "ssm", "C": "no_decay", "D": "no_decay",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"d_state": 7}, "d_state=7"),
+        ({"dt_min": 0.2}, "dt_min=0.2"),
+        ({"init": "hippo"}, "hippo"),
+        ({"discretization": "euler"}, "euler"),
+    ],
+)
+def test_refuses_bad_options_by_name(options, key):
+    with pytest.raises(Exception, match=key):  # beartype may be the first to refuse a Literal
+        S4D(4, **options)

@@ -1,0 +1,75 @@
+"""The run directory: one writer, whole files, clear refusals."""
+
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from diffussm.runtime.errors import RunDirectoryError, StorageError
+from diffussm.runtime.run_dir import RunDirectory, write_atomically
+from diffussm.runtime.signals import StopRequest
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    first.open()
+    with pytest.raises(RunDirectoryError, match="another process is using it"):
+        second.open()
+    first.close()
+    second.open()
+    second.close()
+
+
+def test_a_file_in_the_way_is_named_and_nothing_created(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunDirectoryError, match=f"{tmp_path / 'file'} is a file"):
+        RunDirectory(tmp_path / "file" / "run").open()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_status_is_read_back_with_its_facts(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert run.read_status() is None
+    run.write_status("preempted", images=7, exit_code=75)
+    status = run.read_status()
+    assert (status["state"], status["images"], status["exit_code"]) == ("preempted", 7, 75)
+    assert json.loads((tmp_path / "status.json").read_text()) == status
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    target = tmp_path / "file"
+    write_atomically(target, b"old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        write_atomically(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_signals_become_a_flag_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop and stop.signal == "SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_second_interrupt_is_immediate():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_missing_parents_are_checked_up_to_one_that_exists(tmp_path: Path):
+    RunDirectory(tmp_path / "a" / "b" / "c").check()
+    assert list(tmp_path.iterdir()) == []

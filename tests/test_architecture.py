@@ -1,0 +1,113 @@
+"""The arrows of the design: who may import whom, where Hydra lives, who reads the environment."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "diffussm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Module or package -> what it may import of ours, besides itself.
+ALLOWED = {
+    "runtime": set(),
+    "models": set(),
+    "diffusion": set(),
+    "data": {"runtime"},
+    "training": {"runtime"},
+    "evaluation": {"runtime"},
+    "report": {"runtime"},
+    "config": {"runtime"},
+    "compose": {"config", "runtime"},
+    "build": {"compose", "config", "runtime", "models", "diffusion", "data", "training", "evaluation", "report"},
+    "cli": {"build", "compose", "config", "runtime", "training", "evaluation", "report"},
+    "__main__": {"cli"},
+    "__init__": {"build"},
+}
+# Within a package: file -> files of the same package that it may import.
+ALLOWED_WITHIN = {
+    "models": {"layers": set(), "ssm": {"layers"}, "diffussm": {"layers", "ssm"}, "__init__": {"ssm", "diffussm"}},
+    "diffusion": {
+        "schedule": set(),
+        "process": {"schedule"},
+        "loss": {"process", "schedule"},
+        "guidance": {"process", "schedule"},
+        "samplers": {"process", "schedule"},
+        "__init__": set(),
+    },
+    "runtime": {
+        "errors": set(), "seeding": set(), "signals": set(), "run_dir": {"errors"}, "__init__": set(),
+    },
+}  # fmt: skip
+HYDRA_LIVES_IN = {"config", "compose", "build", "cli"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            if node.module == "diffussm":
+                yield from (f"diffussm.{alias.name}" for alias in node.names)
+
+
+def place(path: Path) -> tuple[str, str]:
+    """("models", "ssm") for diffussm/models/ssm.py, ("cli", "cli") for diffussm/cli.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0], parts[-1]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_arrows(path):
+    package, file = place(path)
+    for name in imports(path):
+        if not name.startswith("diffussm."):
+            continue
+        target, *rest = name.split(".")[1:]
+        if target != package:
+            assert target in ALLOWED[package], f"{path.name} imports {name}"
+        elif rest and package in ALLOWED_WITHIN and rest[0] != file:
+            assert rest[0] in ALLOWED_WITHIN[package][file], f"{path.name} imports {name}"
+
+
+def test_every_module_has_its_place():
+    assert {place(path)[0] for path in MODULES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_hydra_and_the_environment_stay_where_they_belong(path):
+    package, file = place(path)
+    roots = {name.split(".")[0] for name in imports(path)}
+    if package not in HYDRA_LIVES_IN:
+        assert not roots & {"hydra", "omegaconf"}
+    if package == "runtime":
+        assert roots - {"diffussm", "torch"} <= sys.stdlib_module_names
+    if (package, file) != ("runtime", "distributed"):
+        assert "os.environ" not in path.read_text() and "getenv" not in path.read_text()
+
+
+def test_only_build_instantiates():
+    users = [path.name for path in MODULES if "instantiate(" in path.read_text()]
+    assert users == ["build.py"]
+
+
+def test_top_level_is_the_agreed_one():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    if not tracked:
+        pytest.skip("not a git checkout")
+    names = {line.split("/")[0] for line in tracked.splitlines()}
+    agreed = {"pyproject.toml", "README.md", "configs", "diffussm", "scripts", "tests", "LICENSE"}
+    assert {name for name in names if not name.startswith(".")} <= agreed
+
+
+def test_importing_the_package_and_its_command_line_loads_nothing_heavy():
+    heavy = {"torch", "hydra", "diffusers", "sklearn"}
+    code = f"import sys, diffussm, diffussm.cli; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,314 @@
+"""The command line: help, refusals in one line with nothing created, and the verbs in a real process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL_RUN
+from PIL import Image
+
+from diffussm.cli import main
+
+DIGITS = ("train", "experiment=digits")
+BAD_INPUT = [
+    # arguments, exit code, what the line says
+    ((*DIGITS, "trainer.batch_sise=8"), 2, r"trainer.batch_sise: no such key (did you mean batch_size?)"),
+    ((*DIGITS, "trainer.batch_size=abc"), 2, "trainer.batch_size: Value 'abc'"),
+    ((*DIGITS, "trainer.batch_size=0"), 2, "trainer.batch_size=0: must be at least 1"),
+    ((*DIGITS, "trainer.total_images=many"), 2, "trainer.total_images=many: must be a whole number"),
+    ((*DIGITS, "trainer.save_every_images=0"), 2, "trainer.save_every_images=0"),
+    ((*DIGITS, "trainer.log_every_images=1.5"), 2, "trainer.log_every_images"),
+    ((*DIGITS, "trainer.sample_every_images=0"), 2, "trainer.sample_every_images=0"),
+    ((*DIGITS, "trainer.device_batch_size=0"), 2, "trainer.device_batch_size=0"),
+    ((*DIGITS, "trainer.keep_checkpoints=0"), 2, "trainer.keep_checkpoints=0"),
+    ((*DIGITS, "trainer.num_workers=-1"), 2, "trainer.num_workers=-1"),
+    ((*DIGITS, "trainer.max_grad_norm=-1"), 2, "trainer.max_grad_norm=-1"),
+    ((*DIGITS, "trainer.ema_decays=[1.5]"), 2, "trainer.ema_decays=[1.5]"),
+    ((*DIGITS, "trainer.ema_decays=[]"), 2, "trainer.ema_decays=[]"),
+    ((*DIGITS, "trainer.precision=fp23"), 2, "choose bf16, fp16, fp32 (did you mean fp"),
+    ((*DIGITS, "optimizer.lr=nan"), 2, "optimizer.lr=nan: must be a finite number"),
+    ((*DIGITS, "optimizer.lr=-1"), 2, "optimizer.lr=-1"),
+    ((*DIGITS, "optimizer.lr=fast"), 2, "optimizer.lr=fast: must be a number"),
+    ((*DIGITS, "optimizer.lrr=1"), 2, "optimizer.lrr: no such key (did you mean lr?)"),
+    ((*DIGITS, "optimizer.ssm_lr=inf"), 2, "optimizer.ssm_lr=inf"),
+    ((*DIGITS, "model=nonsense"), 2, "model=nonsense: choose diffussm_l, diffussm_s, diffussm_tiny, diffussm_xl"),
+    ((*DIGITS, "modle=diffussm_s"), 2, "modle: no such key (did you mean model?)"),
+    ((*DIGITS, "model.hidden_size=65"), 2, "model.hidden_size=65: must be divisible by hourglass_ratio=2"),
+    ((*DIGITS, "model.hourglass_ratio=0"), 2, "model.hourglass_ratio=0"),
+    ((*DIGITS, "model.hidden_size=63", "model.hourglass_ratio=3"), 2, "model.hourglass_ratio=3: does not divide"),
+    ((*DIGITS, "model.init=random"), 2, "model.init=random: must be one of lin, inv, legs"),
+    ((*DIGITS, "model.d_state=7"), 2, "model.d_state=7"),
+    ((*DIGITS, "model.num_classes=5"), 2, "model.num_classes=5: the data has 10 classes"),
+    ((*DIGITS, "model.in_channels=4"), 2, "model.in_channels=4: the data gives 1 channel"),
+    ((*DIGITS, "+model.colour=red"), 2, "model.colour: no such key"),
+    ((*DIGITS, "model._target_=nowhere.Model"), 2, "model._target_=nowhere.Model"),
+    ((*DIGITS, "data=imagenet"), 2, "data=imagenet: choose digits, image_folder"),
+    ((*DIGITS, "data.split=validation"), 2, "data.split=validation: must be one of train, held_out"),
+    ((*DIGITS, "data=image_folder"), 2, "data.path"),
+    (
+        (*DIGITS, "data=image_folder", "data.path=/does/not/exist"),
+        65,
+        "data.path=/does/not/exist: no such directory",
+    ),
+    ((*DIGITS, "diffusion.beta_end=2"), 2, "diffusion.beta_start=0.0001, beta_end=2"),
+    ((*DIGITS, "sampler.num_steps=2000"), 2, "sampler.num_steps=2000: must lie in 1..1000"),
+    ((*DIGITS, "sampler=ddpm", "model.learn_sigma=false"), 2, "sampler.variance=learned needs"),
+    ((*DIGITS, "sampling.guidance_scale=-1"), 2, "sampling.guidance_scale=-1"),
+    ((*DIGITS, "model.class_dropout_prob=0"), 2, "sampling.guidance_scale=1.25: needs a conditional model"),
+    ((*DIGITS, "objective.vb_weight=-1"), 2, "objective.vb_weight=-1"),
+    ((*DIGITS, "evaluation.reference=nowhere.npz"), 65, "nowhere.npz"),
+    ((*DIGITS, "evaluation.num_samples=2"), 2, "evaluation.num_samples=2"),
+    ((*DIGITS, "seed=-1"), 2, "seed=-1"),
+    ((*DIGITS, "name=a/b"), 2, "name=a/b"),
+    ((*DIGITS, "device=cuda:99"), 2, "device=cuda:99"),
+    ((*DIGITS, "trainer"), 2, "trainer: not an override"),
+    ((*DIGITS, "a=[b"), 2, "a=[b"),
+    (("train", "experiment=digit"), 2, "experiment=digit: choose digits (did you mean digits?)"),
+    (("train",), 2, "data.path, name: not set: add data.path=... name=..."),
+    (("sample",), 2, "checkpoint: not set"),
+    (("sample", "checkpoint=nowhere"), 73, "checkpoint=nowhere: no checkpoint there"),
+    (("evaluate", "checkpoint=nowhere"), 73, "checkpoint=nowhere: no checkpoint there"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    BAD_INPUT,
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_line_and_creates_nothing(arguments, code, says, in_tmp, capsys):
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("diffussm: ") and captured.err.count("\n") == 1
+    assert says in captured.err
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_a_file_in_place_of_the_run_directory_is_named(in_tmp, capsys):
+    (in_tmp / "runs").write_text("mine")
+    assert main(DIGITS) == 73
+    assert "runs is a file" in capsys.readouterr().err
+
+
+def test_help_names_verbs_groups_and_exit_codes(capsys):
+    for arguments, promises in (
+        (["--help"], ["train", "sample", "evaluate"]),
+        (["train", "--help"], ["experiment=", "diffussm_xl", "image_folder", "75 stopped by a signal"]),
+        (["sample", "--help"], ["checkpoint=PATH", "ddim ddpm"]),
+        (["evaluate", "--help"], ["results.json", "digits none"]),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        shown = capsys.readouterr().out
+        assert ended.value.code == 0 and all(promise in shown for promise in promises)
+
+
+def test_an_unknown_verb_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["trian"])
+    assert ended.value.code == 2 and "trian" in capsys.readouterr().err
+
+
+def test_print_config_shows_everything_resolved_and_does_nothing(in_tmp, capsys):
+    assert main([*DIGITS, "--print-config"]) == 0
+    shown = capsys.readouterr().out
+    assert "run_dir: runs/digits" in shown and "hidden_size: 64" in shown
+    assert list(in_tmp.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The run directory of a small finished run."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", *SMALL_RUN, f"run_dir={path}"]) == 0
+    return path
+
+
+def test_train_writes_the_promised_files(run):
+    assert {path.name for path in run.iterdir()} == {
+        ".lock", "config.yaml", "metrics.jsonl", "status.json", "checkpoints", "samples",
+    }  # fmt: skip
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["images"], status["exit_code"]) == ("finished", 128, 0)
+    with Image.open(run / "samples" / "images-000000000128.png") as grid:
+        assert grid.size == (530, 500)
+
+
+def test_the_same_command_again_only_reports(run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert main(["train", *SMALL_RUN, f"run_dir={run}"]) == 0
+    assert "finished at 128 images; nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_changed_configuration_is_refused_with_a_diff(run, capsys):
+    assert main(["train", *SMALL_RUN, f"run_dir={run}", "optimizer.lr=0.5"]) == 2
+    assert "optimizer.lr: 0.008 -> 0.5" in capsys.readouterr().err
+
+
+def test_a_longer_run_continues_the_finished_one(run, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    arguments = ["train", *SMALL_RUN, f"run_dir={tmp_path / 'run'}", "trainer.total_images=160"]
+    assert main(arguments) == 0
+    assert "continues from step-000000000008" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["images"] == 160
+
+
+def test_truncated_checkpoints_are_named_and_end_everything(run, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        file = checkpoint / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:100])
+    before = sorted((tmp_path / "run").rglob("*"))
+    for arguments in (
+        ["sample", f"checkpoint={tmp_path / 'run'}"],
+        ["evaluate", f"checkpoint={tmp_path / 'run'}"],
+        ["train", *SMALL_RUN, f"run_dir={tmp_path / 'run'}", "trainer.total_images=160"],
+    ):
+        assert main(arguments) == 73
+        said = capsys.readouterr().err
+        assert "model.safetensors: truncated: expected" in said and "none valid" in said
+        assert sorted((tmp_path / "run").rglob("*")) == before
+    single = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert main(["sample", f"checkpoint={single}"]) == 73
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_sample_draws_what_is_asked_and_knows_when_it_is_done(run, capsys):
+    arguments = ["sample", f"checkpoint={run}", "num_images=7", "classes=[3,8]", "sampling.seed=1"]
+    assert main(arguments) == 0
+    out = Path(capsys.readouterr().out.split(" images in ")[1].split(";")[0])
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [*(f"{i:06d}.png" for i in range(7)), "grid.png", "samples.json"]
+    with Image.open(out / "000000.png") as image:
+        assert image.size == (8, 8) and image.mode == "L"
+    assert main(arguments) == 0
+    assert "holds these 7 images already" in capsys.readouterr().out
+
+
+def test_image_i_is_a_function_of_seed_and_i(run, tmp_path):
+    def draw(name: str, *overrides: str) -> list[bytes]:
+        base = [
+            "sample",
+            f"checkpoint={run}",
+            "classes=[3]",
+            "sampler.eta=1",
+            f"out={tmp_path / name}",
+            *overrides,
+        ]
+        assert main(base) == 0
+        return [Image.open(path).tobytes() for path in sorted((tmp_path / name).glob("0*.png"))]
+
+    whole = draw("whole", "num_images=5")
+    assert draw("fewer", "num_images=3") == whole[:3]
+    assert draw("other", "num_images=5", "sampling.seed=1") != whole
+
+
+@pytest.mark.parametrize("classes", ["[10]", "[-1]", "[]"])
+def test_classes_that_do_not_exist_are_refused(run, capsys, classes):
+    assert main(["sample", f"checkpoint={run}", f"classes={classes}"]) == 2
+    assert "classes=" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_exist_are_refused(run, capsys):
+    assert main(["sample", f"checkpoint={run}", "sampling.weights=ema_0.5"]) == 2
+    assert "has ema_0.998, model" in capsys.readouterr().err
+
+
+def test_evaluate_prints_a_table_and_records_everything(run, capsys):
+    assert main(["evaluate", f"checkpoint={run}"]) == 0
+    shown = capsys.readouterr().out
+    assert "FID-digits" in shown and "real against real" in shown and "ddim 2 steps, guidance 1.25" in shown
+    results = json.loads((run / "results.json").read_text())
+    assert results["metrics"]["num_samples"] == 64 and results["weights"] == "ema_0.998"
+    request = results["request"]
+    assert request["sampler"]["num_steps"] == 2 and request["sampling"]["seed"] == 0
+    assert {"checkpoint", "sampling", "evaluation", "extractor", "reference", "pixels", "versions"} <= set(request)
+    before = (run / "results.json").stat().st_mtime_ns
+    assert main(["evaluate", f"checkpoint={run}"]) == 0
+    assert "measured already" in capsys.readouterr().out
+    assert (run / "results.json").stat().st_mtime_ns == before
+    assert main(["evaluate", f"checkpoint={run}", "sampling.seed=5", "sampling.batch_size=10"]) == 0
+    assert json.loads((run / "results.json").read_text())["request"]["sampling"]["seed"] == 5
+
+
+def test_evaluation_none_measures_nothing(run, capsys):
+    assert main(["evaluate", f"checkpoint={run}", "evaluation=none"]) == 2
+    assert "choose an evaluation" in capsys.readouterr().err
+
+
+def test_an_unconditional_model_trains_and_samples_from_an_image_folder(in_tmp, capsys):
+    (in_tmp / "images").mkdir()
+    for index in range(6):
+        Image.new("RGB", (12, 10), (40 * index, 0, 0)).save(in_tmp / "images" / f"{index}.png")
+    arguments = [
+        "train", *SMALL_RUN, "name=folder", "data=image_folder", "data.path=images", "data.resolution=8",
+        "model.num_classes=null", "model.in_channels=3", "evaluation=none", "sampling.guidance_scale=1",
+    ]  # fmt: skip
+    assert main([arg for arg in arguments if arg != "evaluation.num_samples=64"]) == 0
+    assert main(["sample", "checkpoint=runs/folder", "num_images=5"]) == 0
+    assert main(["sample", "checkpoint=runs/folder", "classes=[1]"]) == 2
+    assert "unconditional" in capsys.readouterr().err
+
+
+def test_a_corrupt_image_ends_training_with_its_name_and_status(in_tmp, capsys):
+    (in_tmp / "images" / "class").mkdir(parents=True)
+    (in_tmp / "images" / "class" / "bad.png").write_text("no image")
+    arguments = [
+        "train", *SMALL_RUN, "name=folder", "data=image_folder", "data.path=images", "data.resolution=8",
+        "model.num_classes=1", "model.in_channels=3", "evaluation=none",
+    ]  # fmt: skip
+    assert main([arg for arg in arguments if arg != "evaluation.num_samples=64"]) == 65
+    assert "bad.png: not a readable image" in capsys.readouterr().err
+    status = json.loads(Path("runs/folder/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 65)
+
+
+def test_module_and_console_script_are_the_same(diffussm):
+    script = Path(sys.executable).with_name("diffussm")
+    shown = subprocess.run([script, "train", "--help"], capture_output=True, text=True, check=True)
+    assert diffussm("train", "--help").stdout == shown.stdout
+
+
+def wait_for(path: Path, text: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and text in path.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        os.sched_yield()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "state"),
+    [(signal.SIGTERM, 75, "preempted"), (signal.SIGUSR1, 75, "preempted"), (signal.SIGKILL, -9, "running")],
+)
+def test_a_stopped_or_killed_process_continues_to_the_same_weights(diffussm, in_tmp, run, number, code, state):
+    from training.test_trainer import fingerprint
+
+    arguments = ["train", *SMALL_RUN, "run_dir=run", "trainer.total_images=4000"]
+    process = subprocess.Popen([sys.executable, "-m", "diffussm", *arguments], stderr=subprocess.PIPE, text=True)
+    wait_for(in_tmp / "run" / "metrics.jsonl", '"images": 320', process)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    status = json.loads((in_tmp / "run" / "status.json").read_text())
+    assert status["state"] == state
+    if code == 75:
+        assert "stopped by signal" in said.splitlines()[-1] and status["images"] >= 320
+    # Let both runs end soon: the one that was interrupted, and one that never is.
+    reached = max(
+        json.loads(line)["images"] for line in (in_tmp / "run" / "metrics.jsonl").read_text().splitlines()
+    )
+    end = f"trainer.total_images={reached + 160}"
+    assert main([*arguments[:-1], end]) == 0
+    assert main([*arguments[:-2], "run_dir=whole", end]) == 0
+    assert fingerprint(in_tmp / "run") == fingerprint(in_tmp / "whole")

@@ -1,0 +1,246 @@
+"""The trainer's guarantees on a tiny real run: exact resume, accumulation, skipping, precision, logs."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_RUN
+
+from diffussm.build import System, build_trainer
+from diffussm.compose import compose
+from diffussm.runtime.errors import DivergedError, Preempted, RunDirectoryError, StorageError
+from diffussm.runtime.run_dir import RunDirectory
+from diffussm.training.trainer import Periodic, Trainer
+
+
+def make_trainer(path: Path, *overrides: str, stop=lambda: False, notes: list[str] | None = None) -> Trainer:
+    config = compose("train", [*SMALL_RUN, *overrides, f"run_dir={path}"])
+    run = RunDirectory(Path(config.run_dir))
+    run.path.mkdir(parents=True, exist_ok=True)
+    system = System(config, torch.device("cpu"))
+    trainer = build_trainer(system, run, stop, (notes if notes is not None else []).append)
+    trainer.periodic = [p for p in trainer.periodic if p.name != "samples"]
+    return trainer
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over model, every EMA, optimiser tensors and step of the newest checkpoint."""
+    newest = sorted((path / "checkpoints").iterdir())[-1]
+    digest = hashlib.sha256()
+    for file in sorted(newest.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    digest.update(str(json.loads((newest / "train_state.json").read_text())["step"]).encode())
+    return digest.hexdigest()
+
+
+def records(path: Path) -> list[dict]:
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+
+
+class StopAfter:
+    """Asks for a stop once it has been looked at so many times, as a signal between two steps would."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __call__(self) -> bool:
+        self.steps -= 1
+        return self.steps <= 0
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "whole"
+    make_trainer(path).run()
+    return path
+
+
+def test_golden_losses(uninterrupted):
+    """A refactoring shows the same numbers; a change of what is trained changes them here on purpose."""
+    losses = [record["loss"] for record in records(uninterrupted)]
+    assert losses == pytest.approx(GOLDEN_LOSSES, rel=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 7])
+def test_stop_and_resume_is_bit_exact(tmp_path, uninterrupted, steps):
+    with pytest.raises(Preempted, match="stopped by signal"):
+        make_trainer(tmp_path, stop=StopAfter(steps)).run()
+    resumed = make_trainer(tmp_path)
+    resumed.run()
+    assert resumed.images == 128
+    assert fingerprint(tmp_path) == fingerprint(uninterrupted)
+
+
+def test_a_crash_between_checkpoints_is_bit_exact_and_logs_nothing_twice(tmp_path, uninterrupted):
+    crashing = make_trainer(tmp_path)
+    crashing.stop = StopAfter(5)
+
+    def crash(say):
+        raise KeyboardInterrupt
+
+    crashing.save = lambda say=None, save=crashing.save: crash(say) if crashing.images == 80 else save(say)
+    with pytest.raises(KeyboardInterrupt):
+        crashing.run()
+    make_trainer(tmp_path).run()
+    assert fingerprint(tmp_path) == fingerprint(uninterrupted)
+    assert records(tmp_path) == records(uninterrupted)
+
+
+def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path, uninterrupted):
+    with pytest.raises(Preempted):
+        make_trainer(tmp_path, stop=StopAfter(5)).run()
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    (newest / "optimizer.safetensors").write_bytes(b"garbage")
+    notes: list[str] = []
+    make_trainer(tmp_path, notes=notes).run()
+    assert any("optimizer.safetensors" in note for note in notes)
+    assert fingerprint(tmp_path) == fingerprint(uninterrupted)
+
+
+@pytest.mark.parametrize("device_batch_size", [4, 5])
+def test_accumulation_trains_on_the_same_samples_times_noise_and_drops(tmp_path, uninterrupted, device_batch_size):
+    make_trainer(tmp_path, f"trainer.device_batch_size={device_batch_size}").run()
+    for ours, whole in zip(records(tmp_path), records(uninterrupted), strict=True):
+        for key, value in whole.items():
+            assert ours[key] == pytest.approx(value, rel=1e-3), key
+
+
+def test_the_loss_falls(tmp_path):
+    make_trainer(tmp_path, "trainer.total_images=1600", "trainer.log_every_images=160").run()
+    losses = [record["loss"] for record in records(tmp_path)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_log_records_are_complete(uninterrupted):
+    for record in records(uninterrupted):
+        assert set(record) == {
+            "images", "step", "loss", "mse", "vb", "loss_q0", "loss_q1", "loss_q2", "loss_q3", "grad_norm",
+            "learning_rate", "skipped_steps",
+        }  # fmt: skip
+        assert record["loss"] == pytest.approx(record["mse"] + record["vb"], rel=1e-5)
+    assert [record["images"] for record in records(uninterrupted)] == [32, 64, 96, 128]
+
+
+def test_averages_are_saved_and_differ_from_the_weights(uninterrupted):
+    newest = sorted((uninterrupted / "checkpoints").iterdir())[-1]
+    assert (newest / "model.safetensors").read_bytes() != (newest / "ema_0.998.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_follows_fp32(tmp_path, uninterrupted, precision):
+    trainer = make_trainer(tmp_path, f"trainer.precision={precision}")
+    if precision == "fp16":  # the default scale overflows at first, by design, and skips a step or two
+        trainer.precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024)
+    trainer.run()
+    assert trainer.skipped_steps == 0
+    for ours, exact in zip(records(tmp_path), records(uninterrupted), strict=True):
+        assert ours["loss"] == pytest.approx(exact["loss"], rel=0.02)
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    manifest = json.loads((newest / "manifest.json").read_text())
+    assert all(text.startswith("float32") for text in manifest["model"].values())
+
+
+def test_fp16_resumes_with_its_loss_scale(tmp_path):
+    with pytest.raises(Preempted):
+        make_trainer(tmp_path / "a", "trainer.precision=fp16", stop=StopAfter(3)).run()
+    make_trainer(tmp_path / "a", "trainer.precision=fp16").run()
+    make_trainer(tmp_path / "b", "trainer.precision=fp16").run()
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+
+
+def poison(trainer: Trainer, steps: set[int]) -> None:
+    original = trainer.to_latents
+    trainer.to_latents = lambda images: original(images) * (float("nan") if trainer.step in steps else 1.0)
+
+
+def test_a_non_finite_step_is_skipped_counted_and_leaves_no_trace(tmp_path):
+    trainer = make_trainer(tmp_path)
+    poison(trainer, {2})
+    trainer.run()
+    assert trainer.skipped_steps == 1 and trainer.averages.num_updates == 7
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+    assert records(tmp_path)[-1]["skipped_steps"] == 1
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_endless_non_finite_steps_end_the_run_and_save_nothing_bad(tmp_path):
+    trainer = make_trainer(tmp_path, "trainer.total_images=1600")
+    poison(trainer, set(range(3, 1000)))
+    with pytest.raises(DivergedError, match=r"lower optimizer\.lr"):
+        trainer.run()
+    assert trainer.step <= 3 + 20
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+
+
+def test_gradients_are_clipped_before_the_step(tmp_path):
+    trainer = make_trainer(tmp_path, "trainer.max_grad_norm=0.001")
+    norms = []
+    step = trainer.optimizer.step
+
+    def spy(*args, **kwargs):
+        norms.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm().item())
+        return step(*args, **kwargs)
+
+    trainer.optimizer.step = spy
+    trainer.run()
+    assert norms and max(norms) <= 0.001 * 1.001
+
+
+def test_a_failing_save_is_survived_twice_and_ends_the_run_the_third_time(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.save()
+    said = []
+
+    def full(*args):
+        raise StorageError("disk full")
+
+    trainer.checkpoints.save = full
+    trainer.save(said.append)
+    trainer.save(said.append)
+    with pytest.raises(StorageError, match="disk full"):
+        trainer.save(said.append)
+    assert len(said) == 6  # each failure is retried once, and both are reported
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_other_data_than_the_checkpoints_is_refused(tmp_path):
+    with pytest.raises(Preempted):
+        make_trainer(tmp_path, stop=StopAfter(2)).run()
+    with pytest.raises(RunDirectoryError, match=r"trained on .*'split_seed': 0.* now gives .*'split_seed': 7"):
+        make_trainer(tmp_path, "data.split_seed=7").run()
+
+
+def test_another_model_than_the_checkpoints_is_refused(tmp_path):
+    with pytest.raises(Preempted):
+        make_trainer(tmp_path, stop=StopAfter(2)).run()
+    with pytest.raises(RunDirectoryError, match="a checkpoint of another model"):
+        make_trainer(tmp_path, "model.hidden_size=32").run()
+
+
+def test_periodic_actions_run_on_crossings_and_once_at_the_end_without_touching_the_run(tmp_path, uninterrupted):
+    trainer = make_trainer(tmp_path)
+    calls = []
+
+    def action(model, images):
+        assert not model.training
+        calls.append(images)
+        return {"value": images}
+
+    trainer.periodic = [Periodic("probe", 48, action)]
+    trainer.run()
+    assert calls == [48, 96, 128]
+    assert [r["probe"] for r in records(tmp_path) if "probe" in r] == [{"value": images} for images in calls]
+    assert fingerprint(tmp_path) == fingerprint(uninterrupted)
+
+
+def test_evaluation_during_training_is_logged(tmp_path):
+    trainer = make_trainer(tmp_path, "evaluation.every_images=64", "evaluation.num_samples=20")
+    trainer.run()
+    found = [record["evaluation"] for record in records(tmp_path) if "evaluation" in record]
+    assert len(found) == 2 and all("FID-digits" in metrics for metrics in found)
+
+
+GOLDEN_LOSSES = [0.971016, 0.781530, 0.568365, 0.468663]
