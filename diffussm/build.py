@@ -7,7 +7,7 @@ with the key in it, whether it came from the command line, a file or Python.
 import inspect
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -45,15 +45,29 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     return construct(compose_group("model", name, overrides), "model")
 
 
-class System:
-    """The parts that training, sampling and evaluation share, built from a training configuration."""
+def build_source(config: DictConfig) -> ImageSource:
+    """The data set, found to have labels that the model knows."""
+    source: ImageSource = construct(config.data, "data")
+    known, given = config.model.num_classes, source.num_classes
+    if known is not None and (given is None or given > known):
+        has = "no class labels" if given is None else f"{given} classes"
+        fix = "null" if given is None else given
+        raise ConfigError(f"model.num_classes={known}: the data has {has}: set it to {fix}")
+    return source
 
-    def __init__(self, config: DictConfig, device: torch.device) -> None:
+
+class System:
+    """The parts that training, sampling and evaluation share, built from a training configuration.
+
+    They need the shape of the images (C, H, W), but not the data.
+    """
+
+    def __init__(self, config: DictConfig, image_shape: Sequence[int], device: torch.device) -> None:
         self.config, self.device = config, device
-        self.source: ImageSource = construct(config.data, "data")
         self.autoencoder: Autoencoder = construct(config.autoencoder, "autoencoder")
         self.schedule: Schedule = construct(config.diffusion, "diffusion").to(device)
-        self.latent_shape = self.autoencoder.latent_shape(self.source.image_shape)
+        channels, height, width = image_shape
+        self.latent_shape = self.autoencoder.latent_shape((channels, height, width))
         self._check_fit()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "model"))
@@ -63,22 +77,11 @@ class System:
         model, channels = self.config.model, self.latent_shape[0]
         if model.in_channels != channels:
             raise ConfigError(f"model.in_channels={model.in_channels}: the data gives {channels} channel(s)")
-        classes = self.source.num_classes
-        if model.num_classes is not None and (classes is None or classes > model.num_classes):
-            has = "no class labels" if classes is None else f"{classes} classes"
-            fix = "null" if classes is None else classes
-            raise ConfigError(f"model.num_classes={model.num_classes}: the data has {has}: set it to {fix}")
         tokens, ratio = self.latent_shape[1] * self.latent_shape[2], model.get("hourglass_ratio")
         if ratio and tokens % ratio:
             raise ConfigError(f"model.hourglass_ratio={ratio}: does not divide the {tokens} tokens of the data")
 
-    def generator(
-        self,
-        model: nn.Module,
-        sampler_config: DictConfig,
-        sampling: DictConfig,
-        batch_size: int | None = None,
-    ) -> Generator:
+    def generator(self, model: nn.Module, sampler_config: DictConfig, sampling: DictConfig) -> Generator:
         """Generation with these weights, sampler and guidance."""
         sampler = bound(sampler_config, "sampler")
         self._try_out(sampler, sampler_config)
@@ -104,7 +107,7 @@ class System:
             latent_shape=self.latent_shape,
             num_classes=self.config.model.num_classes,
             seed=sampling.seed,
-            batch_size=batch_size or sampling.batch_size,
+            batch_size=sampling.batch_size,
             device=self.device,
         )
 
@@ -120,7 +123,11 @@ class System:
 
 
 def build_trainer(
-    system: System, run: RunDirectory, stop: Callable[[], object], warn: Callable[[str], None]
+    system: System,
+    source: ImageSource,
+    run: RunDirectory,
+    stop: Callable[[], object],
+    warn: Callable[[str], None],
 ) -> Trainer:
     """Everything that `diffussm train` runs, nothing of it started."""
     config = system.config
@@ -129,7 +136,7 @@ def build_trainer(
     precision = Precision(settings.pop("precision"), system.device)
     store = CheckpointStore(run.checkpoints, settings.pop("keep_checkpoints"), warn)
     batches = BatchLoader(
-        system.source,
+        source,
         config.trainer.batch_size,
         config.seed,
         with_labels=config.model.num_classes is not None,

@@ -20,7 +20,10 @@ from diffussm.runtime.run_dir import RunDirectory, write_atomically, write_json
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from diffussm.build import System
+    from diffussm.data.images import ImageSource
     from diffussm.training.checkpoint import Checkpoint
+    from diffussm.training.trainer import Trainer
 
 VERBS = {
     "train": "train a model; the same command continues an interrupted run",
@@ -129,18 +132,19 @@ def _train(options: argparse.Namespace) -> int:
         print(f"{run.path}: finished at {status['images']:,} images; nothing to do")
         return 0
 
-    from diffussm.build import System, build_trainer, choose_device
+    from diffussm.build import System, build_source, build_trainer, choose_device
     from diffussm.runtime.signals import StopRequest
 
     with StopRequest() as stop:
-        system = System(config, choose_device(config.device))
-        trainer = build_trainer(system, run, lambda: stop, _note)
-        len(system.source)  # reads the data, or says why it cannot, before anything is created
+        source = build_source(config)
+        system = System(config, source.image_shape, choose_device(config.device))
+        trainer = build_trainer(system, source, run, lambda: stop, _note)
+        len(source)  # reads the data, or says why it cannot, before anything is created
         run.open()
         try:
             _write_config(run, config)
             run.write_status("running")
-            _summarize(config, system, trainer, run)
+            _summarize(config, source, trainer, run)
             trainer.run()
         except UserError as error:
             state = "preempted" if isinstance(error, Preempted) else "failed"
@@ -156,19 +160,18 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _summarize(config: "DictConfig", system: Any, trainer: Any, run: RunDirectory) -> None:
+def _summarize(config: "DictConfig", source: "ImageSource", trainer: "Trainer", run: RunDirectory) -> None:
     from diffussm.training.optim import describe_groups
 
-    parameters = sum(parameter.numel() for parameter in system.model.parameters())
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     batch, part = config.trainer.batch_size, trainer.device_batch_size
     passes = -(-batch // part)
     found = trainer.checkpoints.paths()
     lines = [
         f"run          {run.path}" + (f" (continues from {found[-1].name})" if found else " (new)"),
-        f"model        {config.model._target_.rpartition('.')[2]}, {parameters:,} parameters, on {system.device}, "
-        f"{config.trainer.precision}",
-        f"data         {len(system.source):,} images {tuple(system.source.image_shape)}, "
-        f"{system.source.num_classes or 'no'} classes; latents {tuple(system.latent_shape)}",
+        f"model        {config.model._target_.rpartition('.')[2]}, {parameters:,} parameters, "
+        f"{config.trainer.precision} on {trainer.device}",
+        f"data         {len(source):,} images {source.image_shape}, {source.num_classes or 'no'} classes",
         f"batch        {batch} images = {passes} x {min(part, batch)}; "
         f"{config.trainer.total_images:,} images = {-(-config.trainer.total_images // batch):,} steps",
         *(f"optimizer    {line}" for line in describe_groups(trainer.optimizer)),
@@ -220,6 +223,12 @@ def _open_checkpoint(options: argparse.Namespace) -> tuple["Checkpoint", "DictCo
     return checkpoint, trained, compose(options.verb, options.overrides, options.config_dir, groups)
 
 
+def _system_of(checkpoint: "Checkpoint", trained: "DictConfig", device: str) -> "System":
+    from diffussm.build import System, choose_device
+
+    return System(trained, checkpoint.document("train_state")["data"]["image_shape"], choose_device(device))
+
+
 def _sample(options: argparse.Namespace) -> int:
     checkpoint, trained, config = _open_checkpoint(options)
     if options.print_config:
@@ -233,11 +242,11 @@ def _sample(options: argparse.Namespace) -> int:
     import torch
     from PIL import Image
 
-    from diffussm.build import System, choose_device, load_weights
+    from diffussm.build import load_weights
     from diffussm.report.grid import save_grid
     from diffussm.training.logging import Progress
 
-    system = System(trained, choose_device(config.device))
+    system = _system_of(checkpoint, trained, config.device)
     weights = load_weights(checkpoint, system.model, config.sampling.weights)
     generator = system.generator(system.model, config.sampler, config.sampling)
     classes, columns, labels = _grid_layout(config, generator.num_classes)
@@ -283,7 +292,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if not config.evaluation:
         raise ConfigError("evaluation=none: nothing to measure: choose an evaluation")
 
-    from diffussm.build import System, build_evaluation, choose_device, load_weights
+    from diffussm.build import build_evaluation, load_weights
     from diffussm.evaluation.evaluator import table
     from diffussm.training.logging import Progress
 
@@ -295,7 +304,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         results = json.loads(out.read_text())
         print(f"{out}: measured already")
     else:
-        system = System(trained, choose_device(config.device))
+        system = _system_of(checkpoint, trained, config.device)
         weights = load_weights(checkpoint, system.model, config.sampling.weights)
         generator = system.generator(system.model, config.sampler, config.sampling)
         progress = Progress(evaluation.num_samples, 0, "img")

@@ -54,6 +54,8 @@ def compose(
             config = hydra_compose(config_name=verb, overrides=list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_one_line(error, verb, overrides)) from error
+    if missing := sorted(OmegaConf.missing_keys(config) - {"run_dir"}):  # which only ever follows from name
+        raise ConfigError(f"{', '.join(missing)}: not set: add {' '.join(f'{key}=...' for key in missing)}")
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:

@@ -132,8 +132,6 @@ def validate(config: DictConfig) -> None:
 
     ConfigError names the first key that cannot work, its value and what it should be.
     """
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        raise ConfigError(f"{', '.join(missing)}: not set: add {' '.join(f'{key}=...' for key in missing)}")
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value}: must be a finite number")

@@ -15,7 +15,8 @@ case "${1:-}" in
     "") ;;
     --short)
         run=runs/digits_short
-        experiment+=(name=digits_short trainer.total_images=6400 trainer.decay_images=3200 trainer.log_every_images=1600)
+        experiment+=(name=digits_short trainer.total_images=6400 trainer.decay_images=3200
+            trainer.log_every_images=1600 "trainer.ema_decays=[0.95]")
         measure+=(evaluation.num_samples=200)
         ;;
     *) fail "unknown argument $1: only --short is known" ;;

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,8 +154,6 @@ def test_a_changed_configuration_is_refused_with_a_diff(run, capsys):
 
 
 def test_a_longer_run_continues_the_finished_one(run, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(run, tmp_path / "run")
     arguments = ["train", *SMALL_RUN, f"run_dir={tmp_path / 'run'}", "trainer.total_images=160"]
     assert main(arguments) == 0
@@ -163,8 +162,6 @@ def test_a_longer_run_continues_the_finished_one(run, tmp_path, capsys):
 
 
 def test_truncated_checkpoints_are_named_and_end_everything(run, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(run, tmp_path / "run")
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         file = checkpoint / "model.safetensors"
@@ -256,6 +253,7 @@ def test_an_unconditional_model_trains_and_samples_from_an_image_folder(in_tmp, 
         "model.num_classes=null", "model.in_channels=3", "evaluation=none", "sampling.guidance_scale=1",
     ]  # fmt: skip
     assert main([arg for arg in arguments if arg != "evaluation.num_samples=64"]) == 0
+    shutil.rmtree("images")  # a checkpoint is all that sampling needs
     assert main(["sample", "checkpoint=runs/folder", "num_images=5"]) == 0
     assert main(["sample", "checkpoint=runs/folder", "classes=[1]"]) == 2
     assert "unconditional" in capsys.readouterr().err

@@ -41,7 +41,6 @@ class Digits:
 
     Args:
         split: train (four fifths) or held_out, cut by a permutation from `split_seed`.
-        path: none is needed; the images come with the library.
     """
 
     num_classes = 10
@@ -85,6 +84,7 @@ class Digits:
             "split": self.split,
             "split_seed": self.split_seed,
             "num_images": len(self),
+            "image_shape": list(self.image_shape),
         }
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class ImageFolder:
     def __init__(self, path: str | Path, resolution: int = 256, horizontal_flip: bool = True) -> None:
         if resolution < 1:
             raise ValueError(f"resolution={resolution}: must be at least 1")
-        self.root, self.resolution, self.horizontal_flip = Path(path), resolution, horizontal_flip
+        self.root, self.resolution, self.horizontal_flip = Path(path).expanduser(), resolution, horizontal_flip
         if not self.root.is_dir():
             raise DataError(f"data.path={path}: no such directory: give a folder of images or of class folders")
         folders = sorted(entry for entry in self.root.iterdir() if entry.is_dir())
@@ -141,7 +141,7 @@ class ImageFolder:
             "source": "image_folder",
             "num_images": len(self),
             "num_classes": self.num_classes,
-            "resolution": self.resolution,
+            "image_shape": list(self.image_shape),
         }
 
     def __len__(self) -> int:

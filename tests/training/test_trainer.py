@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SMALL_RUN
 
-from diffussm.build import System, build_trainer
+from diffussm.build import System, build_source, build_trainer
 from diffussm.compose import compose
 from diffussm.runtime.errors import DivergedError, Preempted, RunDirectoryError, StorageError
 from diffussm.runtime.run_dir import RunDirectory
@@ -19,8 +19,9 @@ def make_trainer(path: Path, *overrides: str, stop=lambda: False, notes: list[st
     config = compose("train", [*SMALL_RUN, *overrides, f"run_dir={path}"])
     run = RunDirectory(Path(config.run_dir))
     run.path.mkdir(parents=True, exist_ok=True)
-    system = System(config, torch.device("cpu"))
-    trainer = build_trainer(system, run, stop, (notes if notes is not None else []).append)
+    source = build_source(config)
+    system = System(config, source.image_shape, torch.device("cpu"))
+    trainer = build_trainer(system, source, run, stop, (notes if notes is not None else []).append)
     trainer.periodic = [p for p in trainer.periodic if p.name != "samples"]
     return trainer
 

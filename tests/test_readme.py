@@ -1,0 +1,49 @@
+"""What the README says can be done can be done."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from diffussm.compose import compose
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return [body for kind, body in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL) if kind == language]
+
+
+def commands() -> list[list[str]]:
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("diffussm ")]
+
+
+def test_there_are_commands():
+    assert len(commands()) >= 5
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_composes(command):
+    overrides = [argument for argument in command[2:] if not argument.startswith("--")]
+    if "--help" in command:
+        return
+    trained = compose("train", ["experiment=digits"])
+    parts = {key: trained[key] for key in ("sampler", "sampling", "evaluation")}
+    assert compose(command[1], overrides, from_checkpoint=parts)
+
+
+def test_the_python_example_runs():
+    for block in blocks("python"):
+        names: dict = {}
+        exec(block, names)
+        assert names["output"].shape == (2, 8, 16, 16)
+
+
+def test_the_map_names_files_that_exist_and_all_of_them():
+    shown = set(re.findall(r"\w+\.(?:py|sh)", next(b for b in blocks("") if b.startswith("configs/"))))
+    shipped = {path.name for path in (ROOT / "diffussm").rglob("*.py")} - {"__init__.py", "__main__.py", "grid.py"}
+    assert shipped <= shown
+    assert all(list(ROOT.glob(f"**/{name}")) for name in shown)
