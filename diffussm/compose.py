@@ -54,12 +54,12 @@ def compose(
             config = hydra_compose(config_name=verb, overrides=list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_one_line(error, verb, overrides)) from error
-    if missing := sorted(OmegaConf.missing_keys(config) - {"run_dir"}):  # which only ever follows from name
-        raise ConfigError(f"{', '.join(missing)}: not set: add {' '.join(f'{key}=...' for key in missing)}")
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
+    if missing := sorted(OmegaConf.missing_keys(config) - {"run_dir"}):  # which follows from name
+        raise ConfigError(f"{', '.join(missing)}: not set: add {' '.join(f'{key}=...' for key in missing)}")
     schema.validate(config)
     return config
 
