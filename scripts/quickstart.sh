@@ -26,8 +26,8 @@ use_environment digits
 echo "== training (Ctrl-C is safe: the same command continues)"
 "$diffussm" train "${experiment[@]}"
 echo "== sampling"
-"$diffussm" sample "checkpoint=$run" "out=$run/samples/final"
+samples=$("$diffussm" sample "checkpoint=$run")
 echo "== evaluating"
 "$diffussm" evaluate "checkpoint=$run" "${measure[@]}"
-echo "samples      $run/samples/final/grid.png"
+echo "samples      $samples"
 echo "metrics      $run/metrics.jsonl"

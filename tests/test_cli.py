@@ -184,13 +184,30 @@ def test_truncated_checkpoints_are_named_and_end_everything(run, tmp_path, capsy
 def test_sample_draws_what_is_asked_and_knows_when_it_is_done(run, capsys):
     arguments = ["sample", f"checkpoint={run}", "num_images=7", "classes=[3,8]", "sampling.seed=1"]
     assert main(arguments) == 0
-    out = Path(capsys.readouterr().out.split(" images in ")[1].split(";")[0])
+    out = Path(capsys.readouterr().out.partition("/grid.png: 7 images")[0])
     names = sorted(path.name for path in out.iterdir())
     assert names == [*(f"{i:06d}.png" for i in range(7)), "grid.png", "samples.json"]
     with Image.open(out / "000000.png") as image:
         assert image.size == (8, 8) and image.mode == "L"
     assert main(arguments) == 0
-    assert "holds these 7 images already" in capsys.readouterr().out
+    assert "these 7 images are there already" in capsys.readouterr().out
+
+
+def test_samples_of_another_request_are_never_overwritten(run, tmp_path, capsys):
+    arguments = ["sample", f"checkpoint={run}", f"out={tmp_path / 'out'}", "num_images=2", "classes=[1]"]
+    assert main(arguments) == 0
+    manifest = tmp_path / "out" / "samples.json"
+    before = manifest.read_text()
+    assert main([*arguments, "sampling.seed=3"]) == 73
+    assert "holds other samples" in capsys.readouterr().err and manifest.read_text() == before
+    manifest.write_text(before.replace('"complete": true', '"complete": false'))  # as if it had been killed
+    (tmp_path / "out" / "grid.png").unlink()
+    assert main(arguments) == 0
+    assert manifest.read_text() == before and (tmp_path / "out" / "grid.png").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    assert main(["sample", f"checkpoint={run}", f"out={tmp_path / 'mine'}"]) == 73
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
 def test_image_i_is_a_function_of_seed_and_i(run, tmp_path):
@@ -233,10 +250,12 @@ def test_evaluate_prints_a_table_and_records_everything(run, capsys):
     assert {"checkpoint", "sampling", "evaluation", "extractor", "reference", "pixels", "versions"} <= set(request)
     before = (run / "results.json").stat().st_mtime_ns
     assert main(["evaluate", f"checkpoint={run}"]) == 0
-    assert "measured already" in capsys.readouterr().out
+    assert capsys.readouterr().out == shown
     assert (run / "results.json").stat().st_mtime_ns == before
     assert main(["evaluate", f"checkpoint={run}", "sampling.seed=5", "sampling.batch_size=10"]) == 0
     assert json.loads((run / "results.json").read_text())["request"]["sampling"]["seed"] == 5
+    history = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    assert [entry["request"]["sampling"]["seed"] for entry in history] == [0, 5]
 
 
 def test_evaluation_none_measures_nothing(run, capsys):

@@ -1,5 +1,6 @@
 """Global batches in an order that is a function of (seed, epoch, position), from any step on."""
 
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,7 +56,7 @@ class BatchLoader:
             num_workers=self.num_workers,
             collate_fn=lambda fetched: fetched,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # not the global one, which is the caller's
         )
         for current, fetched in enumerate(loader, start=step):
@@ -66,6 +67,13 @@ class BatchLoader:
                 draws = torch.rand(len(images), generator=make_generator(self.seed, "flip", current))
                 images = torch.where((draws < 0.5)[:, None, None, None], images.flip(-1), images)
             yield Batch(images, labels if self.with_labels else None)
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A Ctrl-C reaches the whole process group: workers outlast it, but still end when they are told to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class _IndexBatches:

@@ -1,0 +1,75 @@
+"""What `sample`, `evaluate` and their kin share: a checkpoint, and requests that are answered once.
+
+A request is everything that decides what a command makes. It is stored with the result, so that the same
+command again finds it, whatever its files are called and wherever the checkpoint lies.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffussm.build import System, choose_device
+from diffussm.commands import note
+from diffussm.compose import compose
+from diffussm.runtime.errors import ConfigError, RunDirectoryError
+from diffussm.training.checkpoint import Checkpoint, find_checkpoint
+
+
+def open_checkpoint(options: argparse.Namespace) -> tuple[Checkpoint, DictConfig, DictConfig]:
+    """The checkpoint of `checkpoint=`, the configuration it was trained with, and this command's own."""
+    given = [value.partition("=")[2] for value in options.overrides if value.startswith("checkpoint=")]
+    if not given:
+        raise ConfigError("checkpoint: not set: add checkpoint=RUN_DIRECTORY")
+    checkpoint = find_checkpoint(Path(given[-1]), note)
+    trained = OmegaConf.create(checkpoint.document("config"))
+    assert isinstance(trained, DictConfig)
+    groups = {key: trained[key] for key in ("sampler", "sampling", "evaluation")}
+    return checkpoint, trained, compose(options.verb, options.overrides, options.config_dir, groups)
+
+
+def build_system(checkpoint: Checkpoint, trained: DictConfig, device: str) -> System:
+    """The parts of the run that made the checkpoint."""
+    image_shape = checkpoint.document("train_state")["data"]["image_shape"]
+    return System(trained, image_shape, choose_device(device))
+
+
+def make_request(checkpoint: Checkpoint, config: DictConfig, keys: Sequence[str]) -> dict[str, Any]:
+    """The checkpoint, sampler, sampling settings and `keys` of a configuration, as JSON."""
+    chosen = {key: config[key] for key in ("sampler", "sampling", *keys)}
+    settings = OmegaConf.to_container(OmegaConf.create(chosen), resolve=True)
+    assert isinstance(settings, dict)
+    return {
+        "checkpoint": {"path": str(checkpoint.path), "sha256": checkpoint.sha256},
+        **{str(key): value for key, value in settings.items()},
+    }
+
+
+def digest(request: Mapping[str, Any]) -> str:
+    """Equal for requests that have one result: where the checkpoint lies does not count."""
+    essence = {**request, "checkpoint": request["checkpoint"]["sha256"]}
+    return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def read_answer(path: Path) -> dict[str, Any] | None:
+    """The answer stored at `path`, with its request; None if there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        answer = json.loads(path.read_text())
+        digest(answer["request"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunDirectoryError(f"{path}: exists and is not ours: move it away, or set out=") from None
+    return answer
+
+
+def run_path(checkpoint: Checkpoint) -> Path:
+    """The run directory of a checkpoint, or its own directory where it lies outside one."""
+    parent = checkpoint.path.resolve().parent
+    found = parent.parent if parent.name == "checkpoints" else checkpoint.path.resolve()
+    return Path(os.path.relpath(found))

@@ -1,0 +1,88 @@
+"""`diffussm sample`: images from a checkpoint, one by one and as a grid."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
+
+from diffussm.build import MAX_GRID_ROWS, load_weights
+from diffussm.commands import print_config
+from diffussm.commands.from_checkpoint import (
+    build_system,
+    digest,
+    make_request,
+    open_checkpoint,
+    read_answer,
+    run_path,
+)
+from diffussm.report.grid import save_grid
+from diffussm.runtime.errors import ConfigError, RunDirectoryError
+from diffussm.runtime.run_dir import write_json
+from diffussm.training.logging import Progress
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draw what is asked for, unless it is there already."""
+    checkpoint, trained, config = open_checkpoint(options)
+    if options.print_config:
+        return print_config(config)
+    request = make_request(checkpoint, config, ("num_images", "classes"))
+    default = run_path(checkpoint) / "samples" / f"{checkpoint.path.name}-{digest(request)}"
+    out = Path(config.out or default)
+    if _is_complete(out, request):
+        print(f"{out / 'grid.png'}: these {config.num_images} images are there already")
+        return 0
+
+    system = build_system(checkpoint, trained, config.device)
+    weights = load_weights(checkpoint, system.model, config.sampling.weights)
+    generator = system.generator(system.model, config.sampler, config.sampling)
+    classes, columns, labels = _lay_out(config, generator.num_classes)
+    write_json(out / "samples.json", {"request": request, "weights": weights, "complete": False})
+    progress = Progress(config.num_images, 0, "img")
+    batches = []
+    for batch in generator.generate(range(config.num_images), labels):
+        for index, image in zip(batch.indices, batch.images, strict=True):
+            pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
+            Image.fromarray(pixels).save(out / f"{index:06d}.png")
+        batches.append(batch.images)
+        progress.advance(len(batch.indices))
+    progress.close()
+    images = torch.cat(batches)
+    blank = torch.full_like(images[:1], 255).expand(-len(images) % columns, -1, -1, -1)
+    rows = None if classes is None else [str(label) for label in classes]
+    save_grid(torch.cat([images, blank]), columns, out / "grid.png", rows)
+    write_json(out / "samples.json", {"request": request, "weights": weights, "complete": True})
+    print(f"{out / 'grid.png'}: {len(images)} images, each in a file beside it")
+    return 0
+
+
+def _is_complete(out: Path, request: Mapping[str, Any]) -> bool:
+    """Whether `out` holds all of this request; RunDirectoryError if it holds anything else."""
+    answer = read_answer(out / "samples.json")
+    if answer is None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunDirectoryError(f"out={out}: exists and is not ours: choose another directory")
+        return False
+    if digest(answer["request"]) != digest(request):
+        raise RunDirectoryError(f"out={out}: holds other samples: choose another directory")
+    return answer["complete"]
+
+
+def _lay_out(config: DictConfig, num_classes: int | None) -> tuple[list[int] | None, int, Tensor | None]:
+    """(classes of the rows, columns, labels of all images), rows as equal as `num_images` allows."""
+    if num_classes is None:
+        if config.classes is not None:
+            raise ConfigError(f"classes={config.classes}: the model is unconditional: leave it out")
+        return None, max(1, round(config.num_images**0.5)), None
+    chosen = range(min(num_classes, MAX_GRID_ROWS)) if config.classes is None else config.classes
+    classes = list(chosen)
+    if not classes or not all(0 <= label < num_classes for label in classes):
+        raise ConfigError(f"classes={classes}: each must lie in 0..{num_classes - 1}")
+    columns = -(-config.num_images // len(classes))
+    labels = torch.tensor([classes[index // columns] for index in range(config.num_images)])
+    return classes[: -(-config.num_images // columns)], columns, labels
