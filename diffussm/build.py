@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from diffussm.compose import compose_group
-from diffussm.config import nearest
+from diffussm.config import leaves, nearest
 from diffussm.data.autoencoder import Autoencoder
 from diffussm.data.images import ImageSource
 from diffussm.data.loader import BatchLoader
@@ -28,7 +28,7 @@ from diffussm.diffusion.schedule import Schedule
 from diffussm.evaluation.evaluator import Evaluation
 from diffussm.evaluation.generate import Generator
 from diffussm.report.grid import save_grid
-from diffussm.runtime.errors import ConfigError, UserError
+from diffussm.runtime.errors import ConfigError, RunDirectoryError, UserError
 from diffussm.runtime.run_dir import RunDirectory
 from diffussm.runtime.seeding import derive_seed
 from diffussm.training.checkpoint import Checkpoint, CheckpointStore
@@ -38,6 +38,9 @@ from diffussm.training.trainer import Periodic, Trainer
 
 PACKAGE_PREFIX = "diffussm:"  # marks a path inside the installed package
 MAX_GRID_ROWS = GRID_COLUMNS = 10
+TRUSTED_MODULES = tuple(
+    f"diffussm.{name}" for name in ("models", "diffusion", "data", "evaluation", "training.optim")
+)
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:
@@ -63,7 +66,7 @@ class System:
     """
 
     def __init__(self, config: DictConfig, image_shape: Sequence[int], device: torch.device) -> None:
-        self.config, self.device = config, device
+        self.config, self.image_shape, self.device = config, tuple(image_shape), device
         self.autoencoder: Autoencoder = construct(config.autoencoder, "autoencoder")
         self.schedule: Schedule = construct(config.diffusion, "diffusion").to(device)
         channels, height, width = image_shape
@@ -141,6 +144,7 @@ def build_trainer(
         config.seed,
         with_labels=config.model.num_classes is not None,
         num_workers=settings.pop("num_workers"),
+        pin_memory=system.device.type == "cuda",
     )
     settings["ema_decays"] = list(settings["ema_decays"])
     return Trainer(
@@ -170,7 +174,7 @@ def _periodic(system: System, run: RunDirectory, sample_every_images: int | None
         return {}
 
     periodic = [Periodic("samples", sample_every_images, draw_grid)]
-    evaluation = build_evaluation(config)
+    evaluation = build_evaluation(config, system.image_shape)
     if evaluation is not None and evaluation.every_images:
 
         def evaluate(model: nn.Module, images: int) -> Mapping[str, Any]:
@@ -191,15 +195,22 @@ def draw_samples(generator: Generator, path: Path) -> None:
     save_grid(images, GRID_COLUMNS, path, [str(label) for label in classes])
 
 
-def build_evaluation(config: DictConfig) -> Evaluation | None:
-    """The configured evaluation; None for evaluation=none."""
+def build_evaluation(config: DictConfig, image_shape: Sequence[int]) -> Evaluation | None:
+    """The configured evaluation of images (C, H, W); None for evaluation=none."""
     if not config.evaluation:
         return None
     node = config.evaluation.copy()
     if str(node.reference).startswith(PACKAGE_PREFIX):
         inside = str(node.reference).removeprefix(PACKAGE_PREFIX)
         node.reference = str(Path(__file__).resolve().parent / inside)
-    return construct(node, "evaluation")
+    evaluation: Evaluation = construct(node, "evaluation")
+    wanted = evaluation.extractor.image_shape
+    if tuple(image_shape) != tuple(wanted):
+        raise ConfigError(
+            f"evaluation.extractor: measures images of shape {tuple(wanted)}, the data has {tuple(image_shape)}: "
+            "choose another evaluation, or evaluation=none"
+        )
+    return evaluation
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module, weights: str) -> str:
@@ -218,6 +229,8 @@ def choose_device(name: str) -> torch.device:
     """`auto` is the GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device={name}: choose auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -244,6 +257,20 @@ def bound(node: DictConfig, key: str) -> Callable[..., Any]:
         if isinstance(cause, UserError):
             raise cause from None
         raise ConfigError(_with_key(key, cause)) from error
+
+
+def refuse_foreign_code(config: DictConfig, where: str) -> None:
+    """A configuration names what to call, and a checkpoint's may come from a stranger: only our own parts."""
+    for key, value in leaves(config):
+        if not key.endswith("_target_"):
+            continue
+        # Where the object is defined counts: diffussm.data.images.hashlib is no part of ours.
+        ours = str(value).startswith("diffussm.") and hydra.utils.get_object(str(value))
+        if not ours or not str(getattr(ours, "__module__", "")).startswith(TRUSTED_MODULES):
+            raise RunDirectoryError(
+                f"{where}: its configuration calls {key}={value}, which is no part of diffussm to build with: "
+                "trust_checkpoint=true allows it, if you know where it comes from"
+            )
 
 
 def check_signature(node: DictConfig, key: str) -> DictConfig:

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffussm.runtime.errors import UserError
+from diffussm.runtime.errors import OutOfMemoryError, StorageError, UserError
 
 VERBS = {
     "train": "train a model; the same command continues an interrupted run",
@@ -64,9 +64,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print("diffussm:", *str(error).split(), file=sys.stderr)  # one line, whatever it quotes
         return error.exit_code
+    except OSError as error:
+        print(
+            f"diffussm: {error.filename or 'I/O'}: {error.strerror or error}: free space, or write elsewhere",
+            file=sys.stderr,
+        )
+        return StorageError.exit_code
     except KeyboardInterrupt:
         print("diffussm: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):  # torch's, without importing it
+            raise
+        print("diffussm: out of memory: lower sampling.batch_size or trainer.device_batch_size", file=sys.stderr)
+        return OutOfMemoryError.exit_code
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -89,7 +100,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         command.add_argument(
             "--print-config", action="store_true", help="print the resolved configuration and do nothing"
         )
-    return parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [argument for argument in rest if argument.startswith("-")]:
+        parser.error(f"unknown option {unknown[0]}")
+    options.overrides += rest  # what argparse could not place: overrides after an option
+    return options
 
 
 def _describe_groups(verb: str) -> str:

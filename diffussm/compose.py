@@ -38,9 +38,12 @@ def compose(
         if "=" not in override:
             raise ConfigError(f"{override}: not an override: write key=value")
         try:
-            OverridesParser.create().parse_override(override)
+            parsed = OverridesParser.create().parse_override(override)
         except HydraException as error:
             raise ConfigError(f"{override}: cannot be read: {_first_line(error)}: quote it or mend it") from error
+        group = str(parsed.key_or_group)
+        if group in groups() and group != "experiment" and not isinstance(parsed.value(), str):
+            raise ConfigError(f"{override}: choose one of {', '.join(group_options(group))}")
     schema.register()
     for group, node in (from_checkpoint or {}).items():
         if isinstance(node, Mapping):
@@ -62,6 +65,15 @@ def compose(
         raise ConfigError(f"{', '.join(missing)}: not set: add {' '.join(f'{key}=...' for key in missing)}")
     schema.validate(config)
     return config
+
+
+def override_value(overrides: Sequence[str], key: str) -> Any:
+    """What the last override of `key` sets it to, quotes resolved; None if there is none."""
+    given = [override for override in overrides if override.startswith(f"{key}=")]
+    try:
+        return OverridesParser.create().parse_override(given[-1]).value() if given else None
+    except HydraException as error:
+        raise ConfigError(f"{given[-1]}: cannot be read: {_first_line(error)}: quote it or mend it") from error
 
 
 def compose_group(group: str, name: str, overrides: Mapping[str, Any]) -> DictConfig:

@@ -47,7 +47,7 @@ class TrainerConfig:
     batch_size: int = fixed(256)  # images per optimiser step, over all devices
     total_images: Images = free("102400k")  # where training ends (DiT: 400k steps of 256)
     save_every_images: Images = free("2560k")
-    log_every_images: Images = fixed("25600")
+    log_every_images: Images = free("25600")
     sample_every_images: Images | None = free("2560k")  # sample grids; null: only at the end
     warmup_images: Images = fixed(0)
     decay_images: Images = fixed(0)  # linear decay to 0 over the last so many images
@@ -66,7 +66,7 @@ class SamplingConfig:
     guidance_scale: float = free(1.0)  # classifier-free; 1 is the conditional model
     batch_size: int = free(64)
     seed: int = free(0)
-    weights: str = free("ema")  # ema (the first average), ema_<decay>, or model
+    weights: str = free("ema")  # of sample and evaluate: ema (the first average), ema_<decay>, or model
     precision: str = free("fp32")
 
 
@@ -96,6 +96,7 @@ class SampleConfig:
     """`diffussm sample`."""
 
     checkpoint: str = free()  # a run directory (its newest checkpoint) or one checkpoint
+    trust_checkpoint: bool = free(False)  # build classes from outside diffussm that it names
     out: str | None = free(None)  # null: samples/<...> in the run directory
     device: str = free("auto")
     num_images: int = free(100)
@@ -109,6 +110,7 @@ class EvaluateConfig:
     """`diffussm evaluate`."""
 
     checkpoint: str = free()
+    trust_checkpoint: bool = free(False)  # build classes from outside diffussm that a checkpoint names
     out: str | None = free(None)  # null: results.json in the run directory
     device: str = free("auto")
     sampler: Any = free()
@@ -117,7 +119,7 @@ class EvaluateConfig:
 
 
 ROOTS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
-FREE_WITHIN_GROUPS = ("data.path",)  # data may move; its fingerprint is checked instead
+FREE_WITHIN_GROUPS = ("data.path",)  # data may move; the names of its files are checked instead
 
 
 def register() -> None:
@@ -139,7 +141,8 @@ def validate(config: DictConfig) -> None:
         _validate_trainer(config)
     if "seed" in config:
         _require(config, "seed", config.seed >= 0, "must be at least 0")
-        _require(config, "name", re.fullmatch(r"[\w.\-=,]+", config.name), "use letters, digits and ._-=,")
+        is_name = re.fullmatch(r"\w[\w.\-]{0,99}", config.name)
+        _require(config, "name", is_name, "use at most 100 letters, digits and . _ -")
     sampling = config.sampling
     _require(config, "sampling.batch_size", sampling.batch_size >= 1, "must be at least 1")
     _require(config, "sampling.guidance_scale", sampling.guidance_scale >= 0, "must be at least 0")
@@ -147,6 +150,13 @@ def validate(config: DictConfig) -> None:
     _require_choice(config, "sampling.precision", ("fp32", "bf16", "fp16"))
     is_weights = sampling.weights in ("ema", "model") or sampling.weights.startswith("ema_")
     _require(config, "sampling.weights", is_weights, "choose ema, ema_<decay> or model")
+    if config.get("evaluation"):
+        every = config.evaluation.get("every_images")
+        if every is not None:
+            config.evaluation.every_images = parse_images(every, "evaluation.every_images")
+            _require(
+                config, "evaluation.every_images", config.evaluation.every_images, "must be at least 1, or null"
+            )
     if "num_images" in config:
         _require(config, "num_images", config.num_images >= 1, "must be at least 1")
     if "autoencoder" in config and config.sampler.get("clip_x_0") is True:
@@ -171,6 +181,8 @@ def _validate_trainer(config: DictConfig) -> None:
     decays_fit = len(trainer.ema_decays) > 0 and all(0 <= decay < 1 for decay in trainer.ema_decays)
     _require(config, "trainer.ema_decays", decays_fit, "needs at least one number, each in [0, 1)")
     _require_choice(config, "trainer.precision", ("bf16", "fp16", "fp32"))
+    one_step = trainer.batch_size <= trainer.total_images
+    _require(config, "trainer.batch_size", one_step, f"exceeds trainer.total_images={trainer.total_images}")
 
 
 def parse_images(value: Images, key: str) -> int:
@@ -203,7 +215,9 @@ def drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[str
     for key in dict.fromkeys([*old, *new]):
         if old.get(key, MISSING) != new.get(key, MISSING):
             line = f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
-            changes[may_change(key)].append(line)
+            # A learning rate that falls towards the end makes the end part of the result.
+            is_free = may_change(key) and not (key == "trainer.total_images" and new["trainer.decay_images"])
+            changes[is_free].append(line)
     return changes
 
 

@@ -9,7 +9,8 @@ fail() {
 
 use_environment() {
     local extras=$1 found
-    if [ ! -x .venv/bin/python ]; then
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        [ -z "${PYTHON:-}" ] || command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is no program"
         found=""
         for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10; do
             if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
@@ -19,7 +20,7 @@ use_environment() {
         done
         [ -n "$found" ] || fail "Python 3.10 to 3.13 is needed and was not found: install it, or set PYTHON=/path/to/python"
         echo "== making .venv with $("$found" --version)"
-        "$found" -m venv .venv || fail "could not make .venv: on Debian and Ubuntu, apt-get install python3-venv"
+        "$found" -m venv --clear .venv || fail "could not make .venv: on Debian and Ubuntu, apt-get install python3-venv"
     fi
     python=$PWD/.venv/bin/python
     diffussm=$PWD/.venv/bin/diffussm
@@ -27,7 +28,7 @@ use_environment() {
     if ! cmp -s pyproject.toml "$stamp"; then
         echo "== installing diffussm[$extras] and what it needs into .venv (PyTorch is large: some minutes)"
         "$python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]" \
-            || fail "installation failed: is the network up, and are 10 GB free?"
+            || fail "installation failed: is the network up, and are 8 GB free?"
         cp pyproject.toml "$stamp"
     fi
 }

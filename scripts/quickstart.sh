@@ -28,6 +28,6 @@ echo "== training (Ctrl-C is safe: the same command continues)"
 echo "== sampling"
 samples=$("$diffussm" sample "checkpoint=$run")
 echo "== evaluating"
-"$diffussm" evaluate "checkpoint=$run" "${measure[@]}"
+"$diffussm" evaluate "checkpoint=$run" ${measure[@]+"${measure[@]}"}
 echo "samples      $samples"
 echo "metrics      $run/metrics.jsonl"

@@ -1,5 +1,7 @@
 """The command line: help, refusals in one line with nothing created, and the verbs in a real process."""
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -10,10 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import SMALL_RUN
+from omegaconf import OmegaConf
 from PIL import Image
 
 from diffussm.cli import main
+from diffussm.commands.sample import _choose_labels
 
 DIGITS = ("train", "experiment=digits")
 BAD_INPUT = [
@@ -63,7 +68,7 @@ BAD_INPUT = [
     ((*DIGITS, "model.class_dropout_prob=0"), 2, "sampling.guidance_scale=1.25: needs a conditional model"),
     ((*DIGITS, "objective.vb_weight=-1"), 2, "objective.vb_weight=-1"),
     ((*DIGITS, "evaluation.reference=nowhere.npz"), 65, "nowhere.npz"),
-    ((*DIGITS, "evaluation.num_samples=2"), 2, "evaluation.num_samples=2"),
+    ((*DIGITS, "evaluation.num_samples=2"), 2, "evaluation.k=3: must be at least 1 and below 2"),
     ((*DIGITS, "seed=-1"), 2, "seed=-1"),
     ((*DIGITS, "name=a/b"), 2, "name=a/b"),
     ((*DIGITS, "device=cuda:99"), 2, "device=cuda:99"),
@@ -71,6 +76,21 @@ BAD_INPUT = [
     ((*DIGITS, "a=[b"), 2, "a=[b"),
     (("train", "experiment=digit"), 2, "experiment=digit: choose digits (did you mean digits?)"),
     (("train",), 2, "data.path, name: not set: add data.path=... name=..."),
+    (
+        (*DIGITS, "trainer.batch_size=999999999"),
+        2,
+        "trainer.batch_size=999999999: exceeds trainer.total_images=96000",
+    ),
+    ((*DIGITS, "model=null"), 2, "model=null: choose one of diffussm_l"),
+    ((*DIGITS, "sampler=null"), 2, "sampler=null: choose one of ddim, ddpm"),
+    ((*DIGITS, "optimizer.betas=[0.9]"), 2, "optimizer.betas=[0.9]: must be two numbers"),
+    ((*DIGITS, "optimizer.eps=-1"), 2, "optimizer.eps=-1"),
+    ((*DIGITS, "device=meta"), 2, "device=meta: choose auto, cpu, cuda"),
+    ((*DIGITS, "name=" + 300 * "x"), 2, "use at most 100 letters"),
+    ((*DIGITS, "name=.."), 2, "name=.."),
+    ((*DIGITS, "evaluation.k=0"), 2, "evaluation.k=0"),
+    ((*DIGITS, "evaluation.k=400"), 2, "evaluation.k=400"),
+    ((*DIGITS, "evaluation.every_images=-1000"), 2, "evaluation.every_images=-1000"),
     (("sample",), 2, "checkpoint: not set"),
     (("sample", "checkpoint=nowhere"), 73, "checkpoint=nowhere: no checkpoint there"),
     (("evaluate", "checkpoint=nowhere"), 73, "checkpoint=nowhere: no checkpoint there"),
@@ -108,6 +128,46 @@ def test_help_names_verbs_groups_and_exit_codes(capsys):
             main(arguments)
         shown = capsys.readouterr().out
         assert ended.value.code == 0 and all(promise in shown for promise in promises)
+
+
+def test_overrides_may_follow_options(in_tmp, capsys):
+    assert main([*DIGITS, "--print-config", "name=later"]) == 0
+    assert "name: later" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*DIGITS, "--print-confg"])
+
+
+def test_a_run_directory_in_use_is_refused_before_any_work(run, capsys):
+    with (run / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["train", *SMALL_RUN, f"run_dir={run}", "trainer.total_images=160"]) == 73
+    assert "another process is using it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["status.json", "config.yaml"])
+def test_damaged_records_are_named(run, tmp_path, capsys, name):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).write_text("{: [")
+    assert main(["train", *SMALL_RUN, f"run_dir={tmp_path / 'run'}"]) == 73
+    assert f"{name}: damaged" in capsys.readouterr().err
+
+
+def test_an_evaluation_of_other_images_is_refused_before_training(in_tmp, capsys):
+    Image.new("RGB", (8, 8)).save(in_tmp / "image.png")
+    overrides = [
+        "data=image_folder",
+        "data.path=.",
+        "data.resolution=8",
+        "model.in_channels=3",
+        "model.num_classes=null",
+    ]
+    assert main([*DIGITS, *overrides, "sampling.guidance_scale=1"]) == 2
+    assert "evaluation.extractor: measures images of shape (1, 8, 8)" in capsys.readouterr().err
+
+
+def test_an_unwritable_result_is_one_line(run, capsys):
+    assert main(["evaluate", f"checkpoint={run}", "out=/proc/nowhere/results.json", "sampling.seed=77"]) == 74
+    assert capsys.readouterr().err.splitlines()[-1].startswith("diffussm: /proc/nowhere")
 
 
 def test_an_unknown_verb_exits_with_2(capsys):
@@ -208,6 +268,64 @@ def test_samples_of_another_request_are_never_overwritten(run, tmp_path, capsys)
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     assert main(["sample", f"checkpoint={run}", f"out={tmp_path / 'mine'}"]) == 73
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def forge(run: Path, tmp_path: Path, key: str, node: dict) -> Path:
+    """A checkpoint whose configuration was replaced and whose manifest was made to fit."""
+    shutil.copytree(run, tmp_path / "forged")
+    checkpoint = sorted((tmp_path / "forged" / "checkpoints").iterdir())[-1]
+    config = json.loads((checkpoint / "config.json").read_text())
+    config[key] = node
+    content = json.dumps(config).encode()
+    (checkpoint / "config.json").write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["config.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": "torch.load", "f": "evil.pt", "weights_only": False},
+        {"_target_": "os.system", "command": "touch pwned"},
+        {"_target_": "diffussm.training.checkpoint.shutil.rmtree", "path": "."},
+        {"_target_": "diffussm.runtime.run_dir.write_json", "path": "pwned", "value": {}},
+        {"_target_": "diffussm.data.autoencoder.IdentityAutoencoder", "extra": {"_target_": "os.getcwd"}},
+    ],
+    ids=lambda node: node["_target_"],
+)
+@pytest.mark.parametrize("verb", ["sample", "evaluate"])
+def test_a_checkpoint_cannot_name_code_to_run(run, tmp_path, in_tmp, capsys, node, verb):
+    forged = forge(run, tmp_path, "autoencoder", node)
+    before = sorted(in_tmp.rglob("*"))
+    assert main([verb, f"checkpoint={forged}"]) == 73
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no part of diffussm" in said
+    assert sorted(in_tmp.rglob("*")) == before
+
+
+def test_images_are_spread_over_the_classes_as_evenly_as_can_be():
+    config = OmegaConf.create({"num_images": 11, "classes": None})
+    classes, labels = _choose_labels(config, 10)
+    counts = torch.bincount(labels, minlength=10)
+    assert classes == list(range(10)) and counts.sum() == 11 and counts.max() - counts.min() == 1
+
+
+def test_a_signal_to_the_whole_process_group_ends_in_a_checkpoint(in_tmp):
+    """As timeout, SLURM and a terminal send it: the loader's workers get it too."""
+    arguments = [
+        "train", *SMALL_RUN, "run_dir=run", "trainer.total_images=1M", "trainer.save_every_images=1M",
+        "trainer.num_workers=1",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffussm", *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(in_tmp / "run" / "metrics.jsonl", '"images": 320', process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert len(list((in_tmp / "run" / "checkpoints").iterdir())) == 1
 
 
 def test_image_i_is_a_function_of_seed_and_i(run, tmp_path):

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -23,20 +25,22 @@ from diffussm.training.logging import Progress
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, unless results.json holds this very measurement already; print the table either way.
+    """Measure, unless it was measured already; print the table either way.
 
-    results.jsonl beside it keeps every measurement that was made.
+    results.json is the latest measurement, results.jsonl beside it keeps every one.
     """
     checkpoint, trained, config = open_checkpoint(options)
     if options.print_config:
         return print_config(config)
-    evaluation = build_evaluation(config)
+    evaluation = build_evaluation(config, checkpoint.document("train_state")["data"]["image_shape"])
     if evaluation is None:
         raise ConfigError("evaluation=none: nothing to measure: choose an evaluation")
     request = {**make_request(checkpoint, config, ("evaluation",)), **evaluation.record()}
     out = Path(config.out or run_path(checkpoint) / "results.json")
-    results = read_answer(out)
-    if results is None or digest(results["request"]) != digest(request):
+    history = out.with_suffix(".jsonl")
+    results = _find(out, history, request)
+    if results is None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         system = build_system(checkpoint, trained, config.device)
         weights = load_weights(checkpoint, system.model, config.sampling.weights)
         generator = system.generator(system.model, config.sampler, config.sampling)
@@ -45,9 +49,8 @@ def run(options: argparse.Namespace) -> int:
         progress.close()
         real = evaluation.real_against_real(system.device)
         results = {"metrics": metrics, "real_against_real": real, "weights": weights, "request": request}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.with_suffix(".jsonl").open("a") as history:
-            history.write(json.dumps(results) + "\n")
+        with history.open("a") as file:
+            file.write(json.dumps(results) + "\n")
         write_json(out, results)
     rows = {f"{results['weights']}, {_describe(config)}": results["metrics"]}
     if results["real_against_real"]:
@@ -55,6 +58,16 @@ def run(options: argparse.Namespace) -> int:
     print(table(rows))
     print(f"results      {out}")
     return 0
+
+
+def _find(out: Path, history: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of this very request, from results.json or from all that was measured before."""
+    latest = read_answer(out)
+    earlier = history.read_text().splitlines() if history.exists() else []
+    for answer in [latest, *map(json.loads, earlier)]:
+        if answer is not None and digest(answer["request"]) == digest(request):
+            return answer
+    return None
 
 
 def _describe(config: DictConfig) -> str:

@@ -14,21 +14,23 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffussm.build import System, choose_device
+from diffussm.build import System, choose_device, refuse_foreign_code
 from diffussm.commands import note
-from diffussm.compose import compose
+from diffussm.compose import compose, override_value
 from diffussm.runtime.errors import ConfigError, RunDirectoryError
 from diffussm.training.checkpoint import Checkpoint, find_checkpoint
 
 
 def open_checkpoint(options: argparse.Namespace) -> tuple[Checkpoint, DictConfig, DictConfig]:
     """The checkpoint of `checkpoint=`, the configuration it was trained with, and this command's own."""
-    given = [value.partition("=")[2] for value in options.overrides if value.startswith("checkpoint=")]
+    given = override_value(options.overrides, "checkpoint")
     if not given:
         raise ConfigError("checkpoint: not set: add checkpoint=RUN_DIRECTORY")
-    checkpoint = find_checkpoint(Path(given[-1]), note)
+    checkpoint = find_checkpoint(Path(str(given)), note)
     trained = OmegaConf.create(checkpoint.document("config"))
     assert isinstance(trained, DictConfig)
+    if override_value(options.overrides, "trust_checkpoint") is not True:
+        refuse_foreign_code(trained, str(checkpoint.path))
     groups = {key: trained[key] for key in ("sampler", "sampling", "evaluation")}
     return checkpoint, trained, compose(options.verb, options.overrides, options.config_dir, groups)
 

@@ -1,6 +1,7 @@
 """`diffussm sample`: images from a checkpoint, one by one and as a grid."""
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from diffussm.runtime.errors import ConfigError, RunDirectoryError
 from diffussm.runtime.run_dir import write_json
 from diffussm.training.logging import Progress
 
+MAX_GRID_COLUMNS = 20
+
 
 def run(options: argparse.Namespace) -> int:
     """Draw what is asked for, unless it is there already."""
@@ -41,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     system = build_system(checkpoint, trained, config.device)
     weights = load_weights(checkpoint, system.model, config.sampling.weights)
     generator = system.generator(system.model, config.sampler, config.sampling)
-    classes, columns, labels = _lay_out(config, generator.num_classes)
+    classes, labels = _choose_labels(config, generator.num_classes)
     write_json(out / "samples.json", {"request": request, "weights": weights, "complete": False})
     progress = Progress(config.num_images, 0, "img")
     batches = []
@@ -53,9 +56,7 @@ def run(options: argparse.Namespace) -> int:
         progress.advance(len(batch.indices))
     progress.close()
     images = torch.cat(batches)
-    blank = torch.full_like(images[:1], 255).expand(-len(images) % columns, -1, -1, -1)
-    rows = None if classes is None else [str(label) for label in classes]
-    save_grid(torch.cat([images, blank]), columns, out / "grid.png", rows)
+    _save_grid(images, classes, labels, out / "grid.png")
     write_json(out / "samples.json", {"request": request, "weights": weights, "complete": True})
     print(f"{out / 'grid.png'}: {len(images)} images, each in a file beside it")
     return 0
@@ -73,16 +74,28 @@ def _is_complete(out: Path, request: Mapping[str, Any]) -> bool:
     return answer["complete"]
 
 
-def _lay_out(config: DictConfig, num_classes: int | None) -> tuple[list[int] | None, int, Tensor | None]:
-    """(classes of the rows, columns, labels of all images), rows as equal as `num_images` allows."""
+def _choose_labels(config: DictConfig, num_classes: int | None) -> tuple[list[int], Tensor | None]:
+    """(classes, labels of all images): class after class, with numbers of images that differ by one at most."""
     if num_classes is None:
         if config.classes is not None:
             raise ConfigError(f"classes={config.classes}: the model is unconditional: leave it out")
-        return None, max(1, round(config.num_images**0.5)), None
+        return [], None
     chosen = range(min(num_classes, MAX_GRID_ROWS)) if config.classes is None else config.classes
     classes = list(chosen)
     if not classes or not all(0 <= label < num_classes for label in classes):
         raise ConfigError(f"classes={classes}: each must lie in 0..{num_classes - 1}")
-    columns = -(-config.num_images // len(classes))
-    labels = torch.tensor([classes[index // columns] for index in range(config.num_images)])
-    return classes[: -(-config.num_images // columns)], columns, labels
+    count = config.num_images
+    return classes, torch.tensor([classes[index * len(classes) // count] for index in range(count)])
+
+
+def _save_grid(images: Tensor, classes: list[int], labels: Tensor | None, path: Path) -> None:
+    """The first images of every class in its row, or the first of all, at most MAX_GRID_COLUMNS wide."""
+    if labels is None:
+        columns = min(math.ceil(len(images) ** 0.5), MAX_GRID_COLUMNS)
+        rows = list(images[: MAX_GRID_COLUMNS * columns].split(columns))
+    else:
+        rows = [images[labels == label][:MAX_GRID_COLUMNS] for label in classes]
+        columns = max(len(row) for row in rows)
+    blank = torch.full_like(images[:1], 255)
+    padded = [torch.cat([row, blank.expand(columns - len(row), -1, -1, -1)]) for row in rows]
+    save_grid(torch.cat(padded), columns, path, [str(label) for label in classes] or None)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from diffussm.commands import note, print_config
 from diffussm.compose import compose
 from diffussm.config import drift
-from diffussm.runtime.errors import ConfigError, Preempted, UserError
+from diffussm.runtime.errors import ConfigError, Preempted, RunDirectoryError, UserError
 from diffussm.runtime.run_dir import RunDirectory, write_atomically
 
 if TYPE_CHECKING:
@@ -66,7 +67,10 @@ def _check_drift(directory: RunDirectory, config: DictConfig) -> None:
     path = directory.path / "config.yaml"
     if not path.exists():
         return
-    before = OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        before = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, YAMLError) as error:
+        raise RunDirectoryError(f"{path}: damaged: restore it from config.json of a checkpoint") from error
     after = OmegaConf.to_container(config, resolve=True)
     fixed, free = drift(before, after)  # type: ignore[arg-type]
     if fixed and not config.allow_config_change:

@@ -4,6 +4,7 @@ A source has `num_classes` (None: unlabelled), `image_shape` (C, H, W), `horizon
 image is as good as the original), a `fingerprint`, a length, and items (image, label).
 """
 
+import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -95,7 +96,7 @@ class Digits:
 
 
 class ImageFolder:
-    """Images below a directory: one class per subdirectory (sorted by name), or a flat, unlabelled folder.
+    """Images below a directory: a class per subdirectory that holds any (by name), or a flat, unlabelled folder.
 
     Args:
         resolution: side of the square that ADM's centre crop cuts from every image.
@@ -108,9 +109,10 @@ class ImageFolder:
         self.root, self.resolution, self.horizontal_flip = Path(path).expanduser(), resolution, horizontal_flip
         if not self.root.is_dir():
             raise DataError(f"data.path={path}: no such directory: give a folder of images or of class folders")
-        folders = sorted(entry for entry in self.root.iterdir() if entry.is_dir())
-        self.class_names = [folder.name for folder in folders]
-        groups = [_image_files(folder, recursive=True) for folder in folders]
+        folders = sorted(entry for entry in self.root.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        found = [(folder, _image_files(folder, recursive=True)) for folder in folders]
+        self.class_names = [folder.name for folder, files in found if files]
+        groups = [files for _, files in found if files]
         flat = _image_files(self.root, recursive=False)
         if flat and any(groups):
             raise DataError(
@@ -120,7 +122,7 @@ class ImageFolder:
         self._labels = [-1] * len(flat) or [label for label, group in enumerate(groups) for _ in group]
         if not self.files:
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-            raise DataError(f"data.path={path}: no images ({suffixes}) there or one level below")
+            raise DataError(f"data.path={path}: no images ({suffixes}) there or below")
         if flat:
             self.class_names = []
 
@@ -136,9 +138,11 @@ class ImageFolder:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies this data to a checkpoint; the path is not part of it, so data may move."""
+        """What identifies this data to a checkpoint: its files by name, wherever the folder lies."""
+        names = "\n".join(file.relative_to(self.root).as_posix() for file in self.files)
         return {
             "source": "image_folder",
+            "names_sha256": hashlib.sha256(names.encode()).hexdigest(),
             "num_images": len(self),
             "num_classes": self.num_classes,
             "image_shape": list(self.image_shape),
@@ -151,7 +155,7 @@ class ImageFolder:
         file = self.files[index]
         try:
             with Image.open(file) as image:
-                pixels = center_crop(image.convert("RGB"), self.resolution)
+                pixels = center_crop(_to_rgb(image), self.resolution)
         except (
             OSError,
             UnidentifiedImageError,
@@ -172,6 +176,12 @@ def center_crop(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "H W 3
     image = image.resize(size, Image.Resampling.BICUBIC)
     top, left = (image.height - resolution) // 2, (image.width - resolution) // 2
     return np.array(image)[top : top + resolution, left : left + resolution]
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling them
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _image_files(folder: Path, recursive: bool) -> list[Path]:

@@ -33,15 +33,22 @@ class BatchLoader:
     Args:
         with_labels: whether batches carry labels; the source must have them then.
         num_workers: processes that read and decode; 0 reads in this one.
+        pin_memory: page-lock batches, for faster transfer to a GPU.
     """
 
     def __init__(
-        self, source: ImageSource, batch_size: int, seed: int, with_labels: bool, num_workers: int = 0
+        self,
+        source: ImageSource,
+        batch_size: int,
+        seed: int,
+        with_labels: bool,
+        num_workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         if with_labels and source.num_classes is None:
             raise ConfigError("the data has no class labels: set model.num_classes=null")
         self.source, self.batch_size, self.seed = source, batch_size, seed
-        self.with_labels, self.num_workers = with_labels, num_workers
+        self.with_labels, self.num_workers, self.pin_memory = with_labels, num_workers, pin_memory
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -54,8 +61,8 @@ class BatchLoader:
             _Fetch(self.source),
             batch_sampler=_IndexBatches(len(self.source), self.batch_size, self.seed, step),
             num_workers=self.num_workers,
-            collate_fn=lambda fetched: fetched,
-            pin_memory=torch.cuda.is_available(),
+            collate_fn=_as_it_is,
+            pin_memory=self.pin_memory,
             worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # not the global one, which is the caller's
         )
@@ -69,11 +76,18 @@ class BatchLoader:
             yield Batch(images, labels if self.with_labels else None)
 
 
+def _as_it_is(fetched: Any) -> Any:
+    return fetched
+
+
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    """A Ctrl-C reaches the whole process group: workers outlast it, but still end when they are told to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    """Ctrl-C, timeout and SLURM signal every process of a run: workers must outlast that, or the last save fails.
+
+    A second SIGTERM, which is how the main process ends a worker that hangs, takes effect.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class _IndexBatches:

@@ -91,8 +91,10 @@ def spaced_timesteps(num_timesteps: int, num_steps: int, spacing: Spacing) -> In
     """
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"num_steps={num_steps}: must lie in 1..{num_timesteps}")
+    if num_steps == 1:
+        return torch.tensor([num_timesteps - 1])  # a single step has to start from pure noise
     if spacing == "linspace":
-        stride = (num_timesteps - 1) / max(num_steps - 1, 1)
+        stride = (num_timesteps - 1) / (num_steps - 1)
         return torch.tensor([round(i * stride) for i in range(num_steps)])
     if spacing == "leading":
         for stride in range(1, num_timesteps + 1):

@@ -70,9 +70,15 @@ class Evaluation:
         k: int = 3,
         class_agreement: bool = False,
     ) -> None:
-        if num_samples <= k:
-            raise ValueError(f"num_samples={num_samples}: must exceed k={k}")
         self.extractor, self.reference = extractor, Reference(Path(reference))
+        if num_samples < 2:
+            raise ValueError(f"num_samples={num_samples}: must be at least 2")
+        held_out = self.reference.held_out
+        fewest = min(num_samples, len(self.reference.images), *([] if held_out is None else [len(held_out)]))
+        if not 1 <= k < fewest:
+            raise ValueError(
+                f"k={k}: must be at least 1 and below {fewest}, the smallest number of images compared"
+            )
         self.num_samples, self.every_images = num_samples, every_images
         self.k, self.class_agreement = k, class_agreement
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from diffussm.runtime.errors import DivergedError
 from diffussm.runtime.seeding import SampleNoise, make_generator
 
 
@@ -47,6 +48,10 @@ class Generator:
             noise = SampleNoise(self.seed, indices[part], self.latent_shape, self.device)
             y = None if labels is None else labels[part].to(self.device)
             x_0 = self.sample(noise(), y, noise)
+            if not x_0.isfinite().all():
+                raise DivergedError(
+                    f"samples {indices[part][0]}..{indices[part][-1]} are not finite: try sampling.precision=fp32"
+                )
             yield Generated(indices[part], self.to_pixels(x_0).cpu(), None if y is None else y.cpu())
 
 

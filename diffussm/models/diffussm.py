@@ -8,6 +8,7 @@ work on the shortened sequence J = L / M; the state-space model always sees all 
     DiffuSSMBlock       adaLN-Zero residual around  HourglassDense -> S4D -> HourglassFusion
 """
 
+import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -122,6 +123,7 @@ class DiffuSSM(nn.Module):
         elif y is not None:
             raise ValueError("this model is unconditional (num_classes is null): call it without labels")
         x = self.x_embedder(rearrange(x_t, "b c h w -> b (h w) c"))  # (B, L, D)
+        x = x.to(x_t.dtype)  # the residual stream stays fp32 under autocast: it sums 29 small increments
         for block in self.blocks:
             x = block(x, c)
         x = self.final_layer(x, c)  # (B, L, C_out)
@@ -188,4 +190,6 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Float[Tensor, "B L D"], c: Float[Tensor, "B D"]) -> Float[Tensor, "B L C_out"]:
         scale, shift = self.adaLN_modulation(silu(c)).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x), scale=scale, shift=shift))
+        x = modulate(self.norm(x), scale=scale, shift=shift)
+        with torch.autocast(x.device.type, enabled=False):  # the prediction itself is not rounded to bf16
+            return self.linear(x.to(self.linear.weight.dtype))

@@ -41,13 +41,18 @@ class RunDirectory:
                     )
                 if not os.access(part, os.W_OK | os.X_OK):
                     raise RunDirectoryError(f"run_dir={self.path}: {part} is not writable: choose another run_dir")
-                return
+                break
+        if (self.path / ".lock").exists():
+            self._take_lock().close()
 
     def open(self) -> None:
         """Create the directory and take its lock; refuse if another process holds it."""
         self.check()
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = (self.path / ".lock").open("wb")
+        self._lock = self._take_lock()
+
+    def _take_lock(self) -> BinaryIO:
+        lock = (self.path / ".lock").open("ab")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -55,7 +60,7 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"run_dir={self.path}: another process is using it: wait for it, or choose another name"
             ) from None
-        self._lock = lock
+        return lock
 
     def close(self) -> None:
         """Give the lock back."""
@@ -66,7 +71,12 @@ class RunDirectory:
     def read_status(self) -> dict[str, Any] | None:
         """The last status written, None in a directory without a run."""
         path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except ValueError:
+            raise RunDirectoryError(f"{path}: damaged: delete it; the checkpoints say where the run is") from None
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Record running, finished, preempted or failed, with facts such as images, exit_code, message."""

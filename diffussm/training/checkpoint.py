@@ -96,7 +96,8 @@ class CheckpointStore:
         temporary = self.root / f".tmp-{path.name}"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+            for leftover in self.root.glob(".tmp-*"):  # of a save that was killed
+                shutil.rmtree(leftover)
             temporary.mkdir()
             files = {}
             for name, group in tensors.items():
@@ -116,13 +117,13 @@ class CheckpointStore:
                 shutil.rmtree(path)
             temporary.rename(path)
             sync_directory(self.root)
+            for old in self.paths()[: -self.keep]:
+                shutil.rmtree(old)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise StorageError(
                 f"{path}: {error.strerror or error}: the checkpoints before it are intact; free some space"
             ) from error
-        for old in self.paths()[: -self.keep]:
-            shutil.rmtree(old)
         return path
 
     def newest_valid(self) -> Checkpoint | None:

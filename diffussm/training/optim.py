@@ -27,6 +27,10 @@ def adamw(
             raise ValueError(f"{name}={value}: must be positive and finite")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay={weight_decay}: must be finite and at least 0")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={list(betas)}: must be two numbers, each in [0, 1)")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps={eps}: must be positive and finite")
     groups: dict[str, dict[str, Any]] = {
         "decay": {"lr": lr, "weight_decay": weight_decay},
         "no_decay": {"lr": lr, "weight_decay": 0.0},
@@ -43,7 +47,7 @@ def adamw(
             for role, options in groups.items()
             if members[role]
         ],
-        betas=betas,
+        betas=(betas[0], betas[1]),
         eps=eps,
         fused=True,
     )

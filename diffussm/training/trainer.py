@@ -5,6 +5,7 @@ drawn for the whole global batch and sliced. So a checkpoint holds no RNG state,
 a restart changes what a step sees. The trainer knows its model, objective and batches by protocol only.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,34 +154,34 @@ class Trainer:
 
     def run_step(self, batch: Batch) -> None:
         """One optimiser step on one global batch."""
-        self.set_learning_rate()
-        self.accumulate_gradients(batch)
-        grad_norm = self.clip_gradients()
-        self.update_weights(grad_norm)
+        try:
+            self.set_learning_rate()
+            self.accumulate_gradients(batch)
+            grad_norm = self.clip_gradients()
+            self.update_weights(grad_norm)
+        except torch.cuda.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"out of memory on {self.device} with {self.device_batch_size} images in a forward pass: "
+                "set trainer.device_batch_size lower (the global batch stays the same)"
+            ) from error
         self.step += 1
 
     def accumulate_gradients(self, batch: Batch) -> None:
         """Backward through the mean loss of the global batch, in slices that fit the device."""
         generator = make_generator(self.seed, "step", self.step)
         draws: Draws | None = None
-        try:
-            for start in range(0, self.batch_size, self.device_batch_size):
-                part = slice(start, start + self.device_batch_size)
-                x_0 = self.to_latents(batch.images[part].to(self.device, non_blocking=True))
-                y = None if batch.labels is None else batch.labels[part].to(self.device, non_blocking=True)
-                if draws is None:
-                    draws = self.objective.draw((self.batch_size, *x_0.shape[1:]), generator)
-                mine = draws[part].to(self.device)
-                with self.precision.autocast():
-                    terms = self.objective(self.model, x_0, y, mine)
-                loss = terms["loss"].sum() / self.batch_size
-                self.precision.scaler.scale(loss).backward()
-                self.window.add_losses(terms, mine.t)
-        except torch.cuda.OutOfMemoryError as error:
-            raise OutOfMemoryError(
-                f"out of memory on {self.device} with {self.device_batch_size} images in a forward pass: "
-                "set trainer.device_batch_size lower (the global batch stays the same)"
-            ) from error
+        for start in range(0, self.batch_size, self.device_batch_size):
+            part = slice(start, start + self.device_batch_size)
+            x_0 = self.to_latents(batch.images[part].to(self.device, non_blocking=True))
+            y = None if batch.labels is None else batch.labels[part].to(self.device, non_blocking=True)
+            if draws is None:
+                draws = self.objective.draw((self.batch_size, *x_0.shape[1:]), generator)
+            mine = draws[part].to(self.device)
+            with self.precision.autocast():
+                terms = self.objective(self.model, x_0, y, mine)
+            loss = terms["loss"].sum() / self.batch_size
+            self.precision.scaler.scale(loss).backward()
+            self.window.add_losses(terms, mine.t)
 
     def clip_gradients(self) -> Tensor:
         """Bring the gradient's norm to at most `max_grad_norm`; returns the norm before."""
@@ -217,22 +218,21 @@ class Trainer:
     def after_step(self, say: Callable[[str], None]) -> None:
         """Log, show, save and stop where it is time to.
 
-        A save comes last, so that whatever falls on the same step is done again if it is lost; and it
-        closes the logging window, so that no metric depends on where a run was interrupted.
+        A save comes last, so that whatever falls on the same step is done again if it is lost.
         """
-        saving = self._due(self.save_every_images) or self.images >= self.total_images
-        if saving or self._due(self.log_every_images):
+        ended = self.images >= self.total_images
+        saving = self._due(self.save_every_images) or ended
+        if self._due(self.log_every_images) or ended:
             self.log.write(self.metrics())
             self.window.reset()
-        if self.images < self.total_images:
+        if not ended:
             for periodic in self.periodic:
                 if periodic.every_images and self._due(periodic.every_images):
                     self._perform(periodic)
         if saving:
             self.save(say)
-        if self.stop() and self.images < self.total_images:
+        if self.stop() and not ended:
             if not saving:
-                self.log.write(self.metrics())
                 self.save(say)
             raise Preempted(f"stopped by signal at {self.images:,} images with a full checkpoint: run it again")
 
@@ -264,8 +264,16 @@ class Trainer:
             "ema_updates": self.averages.num_updates,
             "skipped_steps": self.skipped_steps,
             "loss_scale": self.precision.scaler.state_dict(),
+            "window": self.window.state(),
             "data": dict(self.batches.fingerprint),
         }
+        for group in tensors.values():
+            for name, tensor in group.items():
+                if not tensor.isfinite().all():
+                    raise DivergedError(
+                        f"{name} is no longer finite at step {self.step}, nothing was saved: lower optimizer.lr; "
+                        "the checkpoints before it are intact"
+                    )
         documents = {"train_state": train_state, "config": dict(self.config)}
         for _ in range(2):
             try:
@@ -305,7 +313,9 @@ class Trainer:
             self.optimizer.state[parameters[name]][field] = tensor.to(self.device)
         if self.precision.scaler.is_enabled():
             self.precision.scaler.load_state_dict(train_state["loss_scale"])
-        self.step, self.skipped_steps = train_state["step"], train_state["skipped_steps"]
+        self.step = train_state["images"] // self.batch_size  # also right if the batch size was changed
+        self.skipped_steps = train_state["skipped_steps"]
+        self.window.load(train_state["window"])
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         return {
@@ -326,7 +336,10 @@ class Trainer:
 
 
 class _Window:
-    """Means over the steps since the last log record, kept on the device until they are asked for."""
+    """Means over the steps since the last log record, kept on the device until they are asked for.
+
+    Its state is part of a checkpoint, so that no record depends on where a run was interrupted.
+    """
 
     NUM_QUARTILES = 4
 
@@ -342,6 +355,32 @@ class _Window:
         self.grad_norm_sum = torch.zeros((), device=self.device)
         self.num_images = self.num_updates = 0
         self.seconds = 0.0
+        self.restart_clock()
+
+    def state(self) -> dict[str, Any]:
+        """The sums as numbers that JSON keeps exactly; None where they are not finite."""
+        return {
+            "sums": {name: _finite(total) for name, total in self.sums.items()},
+            "quartile_sums": [_finite(total) for total in self.quartile_sums],
+            "quartile_counts": self.quartile_counts.tolist(),
+            "grad_norm_sum": _finite(self.grad_norm_sum),
+            "num_images": self.num_images,
+            "num_updates": self.num_updates,
+            "seconds": self.seconds,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+
+        def tensor(value: Any) -> Tensor:
+            return torch.tensor(float("nan") if value is None else value, device=self.device)
+
+        self.sums = {name: tensor(value) for name, value in state["sums"].items()}
+        self.quartile_sums = torch.stack([tensor(value) for value in state["quartile_sums"]])
+        self.quartile_counts = tensor(state["quartile_counts"])
+        self.grad_norm_sum = tensor(state["grad_norm_sum"])
+        self.num_images, self.num_updates = state["num_images"], state["num_updates"]
+        self.seconds = state["seconds"]
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -381,6 +420,11 @@ class _Window:
 
 
 def _mean(total: Tensor, count: int) -> float | None:
-    """total / count, None where there is nothing to average or it is not a number JSON knows."""
-    value = float(total) / count if count else float("nan")
-    return value if value == value and abs(value) != float("inf") else None
+    """total / count, None where there is nothing to average or the total is not finite."""
+    value = _finite(total)
+    return None if value is None or not count else value / count
+
+
+def _finite(total: Tensor) -> float | None:
+    """A number that JSON knows, or None."""
+    return float(total) if math.isfinite(total) else None

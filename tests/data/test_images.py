@@ -1,5 +1,7 @@
 """Image sources: real digits, folders with and without classes, ADM's crop, and files that are no images."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -100,3 +102,22 @@ def test_identity_autoencoder_inverts_itself_on_every_value():
     assert latents.min() == -1 and latents.max() == 1
     assert torch.equal(autoencoder.to_pixels(latents), images)
     assert autoencoder.to_pixels(torch.tensor([[[[-9.0, 9.0, 0.0]]]])).flatten().tolist() == [0, 255, 128]
+
+
+def test_16_bits_are_scaled_and_hidden_or_empty_folders_are_no_classes(tmp_path):
+    for name in (".hidden", "empty", "real"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(np.full((8, 8), 0x8000, dtype=np.uint16)).save(tmp_path / "real" / "deep.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / ".hidden" / "stray.png")
+    source = ImageFolder(tmp_path, resolution=8)
+    assert source.class_names == ["real"] and len(source) == 1
+    assert source[0][0].unique().tolist() == [128]
+
+
+def test_the_fingerprint_follows_the_names_not_the_place(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("moved") / "data"
+    shutil.copytree(folder, elsewhere)
+    before = ImageFolder(folder, resolution=8).fingerprint
+    assert ImageFolder(elsewhere, resolution=8).fingerprint == before
+    (elsewhere / "dog").rename(elsewhere / "zebra")
+    assert ImageFolder(elsewhere, resolution=8).fingerprint != before

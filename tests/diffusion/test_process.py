@@ -101,6 +101,7 @@ def test_respacing_keeps_alphas_cumprod_and_timesteps():
     assert steps.tolist() == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
     assert torch.equal(short.timesteps, steps)
     assert torch.allclose(torch.cumprod(1 - short.betas, 0), schedule.alphas_cumprod[steps])
+    assert spaced_timesteps(1000, 1, "linspace").tolist() == [999]  # one step starts from pure noise too
     assert spaced_timesteps(1000, 50, "leading").tolist() == list(range(0, 1000, 20))
     assert torch.equal(respace(schedule, spaced_timesteps(1000, 1000, "linspace")).betas, schedule.betas)
 

@@ -13,7 +13,7 @@ from diffussm.data.images import Digits
 from diffussm.evaluation.evaluator import Evaluation, Reference, table
 from diffussm.evaluation.features import DIGITS_WEIGHTS, DigitsCNN
 from diffussm.evaluation.generate import Generated, Generator, balanced_labels
-from diffussm.runtime.errors import DataError
+from diffussm.runtime.errors import DataError, DivergedError
 
 REFERENCE = DIGITS_WEIGHTS.with_name("digits_reference.npz")
 
@@ -142,3 +142,11 @@ def test_table_is_aligned_and_shows_dashes():
     lines = text.splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split() == ["a", "10", "1.235", "-"] and lines[2].split() == ["longer", "2,000", "-", "12.3"]
+
+
+def test_samples_that_are_not_finite_are_an_error():
+    generator = Generator(
+        lambda x_T, y, noise: x_T * float("nan"), lambda x: x, (1, 8, 8), None, 0, 4, torch.device("cpu")
+    )
+    with pytest.raises(DivergedError, match=r"samples 0\.\.3 are not finite"):
+        next(generator.generate(range(8)))

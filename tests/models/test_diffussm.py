@@ -195,6 +195,15 @@ def test_bf16_autocast_stays_close_to_fp32():
     assert (rounded - exact).norm() / exact.norm() < 0.05
 
 
+def test_under_autocast_the_residual_stream_and_the_prediction_stay_fp32():
+    model, seen = tiny(), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: seen.append((args[0].dtype, output.dtype)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(*inputs()).dtype == torch.float32
+    assert seen == [(torch.float32, torch.float32)] * 2
+
+
 def test_create_model_names_what_it_does_not_know():
     with pytest.raises(ConfigError, match=r"model=diffusm_s: choose .*did you mean diffussm_s"):
         diffussm.create_model("diffusm_s")

@@ -73,6 +73,7 @@ def test_stop_and_resume_is_bit_exact(tmp_path, uninterrupted, steps):
     resumed.run()
     assert resumed.images == 128
     assert fingerprint(tmp_path) == fingerprint(uninterrupted)
+    assert records(tmp_path) == records(uninterrupted)
 
 
 def test_a_crash_between_checkpoints_is_bit_exact_and_logs_nothing_twice(tmp_path, uninterrupted):
@@ -176,6 +177,16 @@ def test_endless_non_finite_steps_end_the_run_and_save_nothing_bad(tmp_path):
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.save()
+    with torch.no_grad():
+        next(trainer.averages.first.parameters()).view(-1)[0] = float("inf")
+    with pytest.raises(DivergedError, match="no longer finite"):
+        trainer.save()
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
 def test_gradients_are_clipped_before_the_step(tmp_path):
     trainer = make_trainer(tmp_path, "trainer.max_grad_norm=0.001")
     norms = []
@@ -219,6 +230,14 @@ def test_another_model_than_the_checkpoints_is_refused(tmp_path):
         make_trainer(tmp_path, stop=StopAfter(2)).run()
     with pytest.raises(RunDirectoryError, match="a checkpoint of another model"):
         make_trainer(tmp_path, "model.hidden_size=32").run()
+
+
+def test_another_batch_size_continues_at_the_same_image(tmp_path):
+    with pytest.raises(Preempted):
+        make_trainer(tmp_path, stop=StopAfter(4)).run()
+    trainer = make_trainer(tmp_path, "trainer.batch_size=32")
+    trainer.restore()
+    assert (trainer.images, trainer.step) == (64, 2)
 
 
 def test_periodic_actions_run_on_crossings_and_once_at_the_end_without_touching_the_run(tmp_path, uninterrupted):
