@@ -44,6 +44,7 @@ DESCRIPTIONS = {
           sampler=ddim                  default: the sampler of the run's configuration
           sampler.num_steps=50 sampling.guidance_scale=1.5 sampling.seed=0 sampling.weights=ema
           out=DIR                       default: a directory under samples/ of the run
+          trust_checkpoint=true         build what a checkpoint names from outside diffussm
 
         Image i is a function of (sampling.seed, i).""",
     "evaluate": """\
@@ -52,7 +53,8 @@ DESCRIPTIONS = {
           checkpoint=PATH               a run directory (newest valid checkpoint) or one checkpoint
           evaluation.num_samples=1000   default: the evaluation of the run's configuration
           sampler= sampler.num_steps= sampling.guidance_scale= sampling.weights=
-          out=FILE                      default: results.json of the run""",
+          out=FILE                      default: results.json of the run
+          trust_checkpoint=true         build what a checkpoint names from outside diffussm""",
 }
 
 

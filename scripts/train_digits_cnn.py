@@ -1,6 +1,6 @@
 """Make the digits evaluator: its CNN's weights and the reference it compares samples with.
 
-    python scripts/train_digits_cnn.py        # 15 s on 2 cores; rewrites the two files in diffussm/evaluation
+    python scripts/train_digits_cnn.py        # half a minute; rewrites two files in diffussm/evaluation
 
 The network sees the training split only. The held-out split is stored with the reference, as the
 "real against real" row of every table.

@@ -1,7 +1,5 @@
 """Feature statistics as exact streams: float64 sums that merge by addition."""
 
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -43,15 +41,3 @@ class FeatureStatistics:
             raise ValueError(f"a covariance needs at least 2 samples, these statistics have {self.count}")
         mean = self.mean
         return (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors from which `from_state` makes the same statistics."""
-        return {"count": torch.tensor(self.count), "sum": self.sum, "outer": self.outer}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> "FeatureStatistics":
-        """The inverse of `state`."""
-        statistics = cls(len(state["sum"]))
-        statistics.count = int(state["count"])
-        statistics.sum, statistics.outer = state["sum"].double(), state["outer"].double()
-        return statistics

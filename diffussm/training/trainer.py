@@ -5,8 +5,6 @@ drawn for the whole global batch and sliced. So a checkpoint holds no RNG state,
 a restart changes what a step sees. The trainer knows its model, objective and batches by protocol only.
 """
 
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,6 +25,7 @@ from diffussm.training.ema import ModelAverages
 from diffussm.training.logging import MetricsLog, Progress
 from diffussm.training.optim import learning_rate_factor
 from diffussm.training.precision import Precision
+from diffussm.training.window import MetricsWindow
 
 MAX_SKIPPED_STEPS = 20
 MAX_FAILED_SAVES = 3
@@ -127,7 +126,7 @@ class Trainer:
         self.max_grad_norm, self.periodic, self.stop = max_grad_norm, periodic, stop
         self.averages = ModelAverages(model, ema_decays)
         self.device = next(model.parameters()).device
-        self.window = _Window(objective.num_timesteps, self.device)
+        self.window = MetricsWindow(objective.num_timesteps, self.device)
         self.step = 0
         self.skipped_steps = self.skipped_in_a_row = self.failed_saves = 0
 
@@ -333,98 +332,3 @@ class Trainer:
         if result:
             self.log.write({"images": self.images, "step": self.step, periodic.name: dict(result)})
         self.window.restart_clock()
-
-
-class _Window:
-    """Means over the steps since the last log record, kept on the device until they are asked for.
-
-    Its state is part of a checkpoint, so that no record depends on where a run was interrupted.
-    """
-
-    NUM_QUARTILES = 4
-
-    def __init__(self, num_timesteps: int, device: torch.device) -> None:
-        self.num_timesteps, self.device = num_timesteps, device
-        self.reset()
-
-    def reset(self) -> None:
-        """Start anew."""
-        self.sums: dict[str, Tensor] = {}
-        self.quartile_sums = torch.zeros(self.NUM_QUARTILES, device=self.device)
-        self.quartile_counts = torch.zeros(self.NUM_QUARTILES, device=self.device)
-        self.grad_norm_sum = torch.zeros((), device=self.device)
-        self.num_images = self.num_updates = 0
-        self.seconds = 0.0
-        self.restart_clock()
-
-    def state(self) -> dict[str, Any]:
-        """The sums as numbers that JSON keeps exactly; None where they are not finite."""
-        return {
-            "sums": {name: _finite(total) for name, total in self.sums.items()},
-            "quartile_sums": [_finite(total) for total in self.quartile_sums],
-            "quartile_counts": self.quartile_counts.tolist(),
-            "grad_norm_sum": _finite(self.grad_norm_sum),
-            "num_images": self.num_images,
-            "num_updates": self.num_updates,
-            "seconds": self.seconds,
-        }
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
-
-        def tensor(value: Any) -> Tensor:
-            return torch.tensor(float("nan") if value is None else value, device=self.device)
-
-        self.sums = {name: tensor(value) for name, value in state["sums"].items()}
-        self.quartile_sums = torch.stack([tensor(value) for value in state["quartile_sums"]])
-        self.quartile_counts = tensor(state["quartile_counts"])
-        self.grad_norm_sum = tensor(state["grad_norm_sum"])
-        self.num_images, self.num_updates = state["num_images"], state["num_updates"]
-        self.seconds = state["seconds"]
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leave what happened since the last step out of images per second."""
-        self._last = time.perf_counter()
-
-    @torch.no_grad()
-    def add_losses(self, terms: Mapping[str, Tensor], t: Tensor) -> None:
-        """Loss terms (B,) at timesteps (B,)."""
-        for name, term in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + term.detach().float().sum()
-        quartile = t * self.NUM_QUARTILES // self.num_timesteps
-        self.quartile_sums.index_add_(0, quartile, terms["loss"].detach().float())
-        self.quartile_counts.index_add_(0, quartile, torch.ones_like(terms["loss"], dtype=torch.float32))
-        self.num_images += len(t)
-        now = time.perf_counter()
-        self.seconds, self._last = self.seconds + now - self._last, now
-
-    def add_grad_norm(self, grad_norm: Tensor) -> None:
-        """The norm of one step's gradient before clipping."""
-        self.grad_norm_sum = self.grad_norm_sum + grad_norm.detach()
-        self.num_updates += 1
-
-    def headline(self) -> dict[str, float]:
-        """What a progress line has room for."""
-        summary = self.summary()
-        return {name: summary[name] for name in ("loss", "grad_norm") if summary.get(name) is not None}
-
-    def summary(self) -> dict[str, Any]:
-        """Mean terms, loss by timestep quartile (q0: least noise), gradient norm, images per second."""
-        record: dict[str, Any] = {name: _mean(total, self.num_images) for name, total in self.sums.items()}
-        for quartile in range(self.NUM_QUARTILES):
-            record[f"loss_q{quartile}"] = _mean(self.quartile_sums[quartile], int(self.quartile_counts[quartile]))
-        record["grad_norm"] = _mean(self.grad_norm_sum, self.num_updates)
-        record["images_per_second"] = self.num_images / self.seconds if self.seconds else None
-        return record
-
-
-def _mean(total: Tensor, count: int) -> float | None:
-    """total / count, None where there is nothing to average or the total is not finite."""
-    value = _finite(total)
-    return None if value is None or not count else value / count
-
-
-def _finite(total: Tensor) -> float | None:
-    """A number that JSON knows, or None."""
-    return float(total) if math.isfinite(total) else None
