@@ -102,6 +102,19 @@ def timestep_sinusoid(
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
+def sincos_positions(dim: int, height: int, width: int) -> Float[Tensor, "L dim"]:
+    """DiT's fixed positions of a grid, row by row: half of `dim` for the column, half for the row, fp32.
+
+    Each half is [sin(p w_k), cos(p w_k)] with w_k = 10000^(-4k / dim); `dim` is divisible by 4.
+    """
+    if dim % 4:
+        raise ValueError(f"hidden_size={dim}: must be divisible by 4 for sin-cos positions")
+    frequency = 10_000.0 ** (-4 * torch.arange(dim // 4, dtype=torch.float64) / dim)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    phases = (place.flatten()[:, None] * frequency for place in (columns, rows))
+    return torch.cat([wave for phase in phases for wave in (phase.sin(), phase.cos())], dim=1).float()
+
+
 class LabelEmbedder(nn.Module):
     """Class labels to vectors: (B,) in 0..num_classes-1 -> (B, E); the only place where labels are dropped.
 
@@ -116,7 +129,7 @@ class LabelEmbedder(nn.Module):
         self.null_label = num_classes if dropout_prob > 0 else None
         table = nn.Embedding(num_classes + (self.null_label is not None), embedding_dim)
         nn.init.normal_(table.weight, std=0.02)
-        self.table = tag(table, "no_decay")
+        self.embedding_table = tag(table, "no_decay")
 
     def forward(
         self, y: Int[Tensor, "B"] | None, batch_size: int, drop_uniform: Float[Tensor, "B"] | None = None
@@ -125,13 +138,13 @@ class LabelEmbedder(nn.Module):
         if y is None:
             if self.null_label is None:
                 raise ValueError("labels are needed: without class_dropout_prob there is no null label")
-            device = next(self.table.parameters()).device
+            device = next(self.embedding_table.parameters()).device
             y = torch.full((batch_size,), self.null_label, device=device)
         if self.training and self.null_label is not None:
             if drop_uniform is None:
                 drop_uniform = torch.rand(y.shape, device=y.device)
             y = torch.where(self.dropped(drop_uniform), self.null_label, y)
-        return self.table(y)
+        return self.embedding_table(y)
 
     def dropped(self, drop_uniform: Float[Tensor, "B"]) -> Bool[Tensor, "B"]:
         """Which labels these uniform draws in [0, 1) drop."""

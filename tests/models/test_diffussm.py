@@ -60,7 +60,7 @@ def spelled_out(model: DiffuSSM, x_t: torch.Tensor, t: torch.Tensor, y: torch.Te
     M, D = model.hourglass_ratio, model.x_embedder.out_features
     batch, _, height, width = x_t.shape
     L, J = height * width, height * width // M
-    c = model.t_embedder(t) + model.y_embedder.table(y)
+    c = model.t_embedder(t) + model.y_embedder.embedding_table(y)
     x = torch.stack([model.x_embedder(x_t[:, :, l // width, l % width]) for l in range(L)], dim=1)
     for block in model.blocks:
         gamma, beta, alpha = block.adaLN_modulation(silu(c)).chunk(3, dim=1)
@@ -145,7 +145,7 @@ def test_dropout_without_draws_drops_the_given_share():
     model = tiny(class_dropout_prob=0.3)
     model.train()
     seen = []
-    model.y_embedder.table.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.y_embedder.embedding_table.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     torch.manual_seed(0)
     model.y_embedder(torch.zeros(4000, dtype=torch.long), 4000)
     assert (seen[0] == model.null_label).float().mean().item() == pytest.approx(0.3, abs=0.03)
