@@ -77,10 +77,14 @@ class System:
             self.model = construct(config.model, "model").to(device)
 
     def _check_fit(self) -> None:
-        model, channels = self.config.model, self.latent_shape[0]
+        model, (channels, height, width) = self.config.model, self.latent_shape
         if model.in_channels != channels:
             raise ConfigError(f"model.in_channels={model.in_channels}: the data gives {channels} channel(s)")
-        tokens, ratio = self.latent_shape[1] * self.latent_shape[2], model.get("hourglass_ratio")
+        side = model.get("input_size")
+        if side and (height, width) != (side, side):
+            remedy = f"set it to {height}" if height == width else "this model takes square latents only"
+            raise ConfigError(f"model.input_size={side}: the data gives {height}x{width} latents: {remedy}")
+        tokens, ratio = height * width, model.get("hourglass_ratio")
         if ratio and tokens % ratio:
             raise ConfigError(f"model.hourglass_ratio={ratio}: does not divide the {tokens} tokens of the data")
 

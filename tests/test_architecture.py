@@ -31,7 +31,14 @@ ALLOWED = {
 }
 # Within a package: file -> files of the same package that it may import.
 ALLOWED_WITHIN = {
-    "models": {"layers": set(), "ssm": {"layers"}, "diffussm": {"layers", "ssm"}, "__init__": {"ssm", "diffussm"}},
+    "models": {
+        "layers": set(),
+        "ssm": {"layers"},
+        "diffussm": {"layers", "ssm"},
+        "dit": {"layers"},
+        "layouts": {"layers"},
+        "__init__": {"ssm", "diffussm", "dit"},
+    },
     "diffusion": {
         "schedule": set(),
         "process": {"schedule"},

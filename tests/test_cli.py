@@ -21,6 +21,7 @@ from diffussm.cli import main
 from diffussm.commands.sample import _choose_labels
 
 DIGITS = ("train", "experiment=digits")
+DIGITS_DIT = ("train", "experiment=digits_dit")
 BAD_INPUT = [
     # arguments, exit code, what the line says
     ((*DIGITS, "trainer.batch_sise=8"), 2, r"trainer.batch_sise: no such key (did you mean batch_size?)"),
@@ -42,7 +43,11 @@ BAD_INPUT = [
     ((*DIGITS, "optimizer.lr=fast"), 2, "optimizer.lr=fast: must be a number"),
     ((*DIGITS, "optimizer.lrr=1"), 2, "optimizer.lrr: no such key (did you mean lr?)"),
     ((*DIGITS, "optimizer.ssm_lr=inf"), 2, "optimizer.ssm_lr=inf"),
-    ((*DIGITS, "model=nonsense"), 2, "model=nonsense: choose diffussm_l, diffussm_s, diffussm_tiny, diffussm_xl"),
+    (
+        (*DIGITS, "model=nonsense"),
+        2,
+        "model=nonsense: choose diffussm_l, diffussm_s, diffussm_tiny, diffussm_xl, dit_b_2, dit_b_4",
+    ),
     ((*DIGITS, "modle=diffussm_s"), 2, "modle: no such key (did you mean model?)"),
     ((*DIGITS, "model.hidden_size=65"), 2, "model.hidden_size=65: must be divisible by hourglass_ratio=2"),
     ((*DIGITS, "model.hourglass_ratio=0"), 2, "model.hourglass_ratio=0"),
@@ -51,6 +56,10 @@ BAD_INPUT = [
     ((*DIGITS, "model.d_state=7"), 2, "model.d_state=7"),
     ((*DIGITS, "model.num_classes=5"), 2, "model.num_classes=5: the data has 10 classes"),
     ((*DIGITS, "model.in_channels=4"), 2, "model.in_channels=4: the data gives 1 channel"),
+    ((*DIGITS_DIT, "model.input_size=32"), 2, "model.input_size=32: the data gives 8x8 latents: set it to 8"),
+    ((*DIGITS_DIT, "model.patch_size=3"), 2, "model.input_size=8: must be divisible by patch_size=3"),
+    ((*DIGITS_DIT, "model.num_heads=5"), 2, "model.hidden_size=64: must be divisible by num_heads=5"),
+    ((*DIGITS_DIT, "model.conditioning=film"), 2, "model.conditioning=film: must be one of adaln_zero, adaln,"),
     ((*DIGITS, "+model.colour=red"), 2, "model.colour: no such key"),
     ((*DIGITS, "model._target_=nowhere.Model"), 2, "model._target_=nowhere.Model"),
     ((*DIGITS, "data=imagenet"), 2, "data=imagenet: choose digits, image_folder"),
@@ -74,7 +83,7 @@ BAD_INPUT = [
     ((*DIGITS, "device=cuda:99"), 2, "device=cuda:99"),
     ((*DIGITS, "trainer"), 2, "trainer: not an override"),
     ((*DIGITS, "a=[b"), 2, "a=[b"),
-    (("train", "experiment=digit"), 2, "experiment=digit: choose digits (did you mean digits?)"),
+    (("train", "experiment=digit"), 2, "experiment=digit: choose digits, digits_dit (did you mean digits?)"),
     (("train",), 2, "data.path, name: not set: add data.path=... name=..."),
     (
         (*DIGITS, "trainer.batch_size=999999999"),
