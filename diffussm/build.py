@@ -71,22 +71,10 @@ class System:
         self.schedule: Schedule = construct(config.diffusion, "diffusion").to(device)
         channels, height, width = image_shape
         self.latent_shape = self.autoencoder.latent_shape((channels, height, width))
-        self._check_fit()
+        check_latents(config.model, self.latent_shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "model"))
             self.model = construct(config.model, "model").to(device)
-
-    def _check_fit(self) -> None:
-        model, (channels, height, width) = self.config.model, self.latent_shape
-        if model.in_channels != channels:
-            raise ConfigError(f"model.in_channels={model.in_channels}: the data gives {channels} channel(s)")
-        side = model.get("input_size")
-        if side and (height, width) != (side, side):
-            remedy = f"set it to {height}" if height == width else "this model takes square latents only"
-            raise ConfigError(f"model.input_size={side}: the data gives {height}x{width} latents: {remedy}")
-        tokens, ratio = height * width, model.get("hourglass_ratio")
-        if ratio and tokens % ratio:
-            raise ConfigError(f"model.hourglass_ratio={ratio}: does not divide the {tokens} tokens of the data")
 
     def generator(self, model: nn.Module, sampler_config: DictConfig, sampling: DictConfig) -> Generator:
         """Generation with these weights, sampler and guidance."""
@@ -127,6 +115,20 @@ class System:
             sampler(lambda x, t, y: x.repeat(1, channels, 1, 1), schedule, one, None, lambda: one)
         except ValueError as error:
             raise ConfigError(_with_key("sampler", error)) from error
+
+
+def check_latents(model: DictConfig, latent_shape: tuple[int, int, int]) -> None:
+    """Refuse, before it is built, a model that does not take latents of this shape (C, H, W)."""
+    channels, height, width = latent_shape
+    if model.in_channels != channels:
+        raise ConfigError(f"model.in_channels={model.in_channels}: the data gives {channels} channel(s)")
+    side = model.get("input_size")
+    if side and (height, width) != (side, side):
+        remedy = f"set it to {height}" if height == width else "this model takes square latents only"
+        raise ConfigError(f"model.input_size={side}: the data gives {height}x{width} latents: {remedy}")
+    tokens, ratio = height * width, model.get("hourglass_ratio")
+    if ratio and tokens % ratio:
+        raise ConfigError(f"model.hourglass_ratio={ratio}: does not divide the {tokens} tokens of the data")
 
 
 def build_trainer(
@@ -217,12 +219,18 @@ def build_evaluation(config: DictConfig, image_shape: Sequence[int]) -> Evaluati
     return evaluation
 
 
-def load_weights(checkpoint: Checkpoint, model: nn.Module, weights: str) -> str:
-    """Load `weights` (ema, ema_<decay> or model) of a checkpoint into a model; returns their full name."""
+def choose_weights(checkpoint: Checkpoint, weights: str, key: str) -> str:
+    """The full name of `weights` (ema, ema_<decay> or model) of a checkpoint; ConfigError names `key`."""
     name = checkpoint.ema_names[0] if weights == "ema" else weights
     known = [*checkpoint.ema_names, "model"]
     if name not in known:
-        raise ConfigError(f"sampling.weights={weights}: {checkpoint.path} has {', '.join(known)}")
+        raise ConfigError(f"{key}={weights}: {checkpoint.path} has {', '.join(known)}")
+    return name
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module, weights: str) -> str:
+    """Load `weights` (ema, ema_<decay> or model) of a checkpoint into a model; returns their full name."""
+    name = choose_weights(checkpoint, weights, "sampling.weights")
     checkpoint.check_model(model.state_dict())
     model.load_state_dict(checkpoint.tensors(name))
     model.requires_grad_(False).eval()

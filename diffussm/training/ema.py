@@ -6,6 +6,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
+def average_name(decay: float) -> str:
+    """What the average with this decay is called in checkpoints and by `sampling.weights`."""
+    return f"ema_{decay}"
+
+
 class ModelAverages:
     """One average of a model's weights per decay, named `ema_<decay>`.
 
@@ -19,7 +24,7 @@ class ModelAverages:
             if not 0 <= decay < 1:
                 raise ValueError(f"ema_decays holds {decay}: must be at least 0 and below 1")
         self._averages = {
-            f"ema_{decay}": AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) for decay in decays
+            average_name(decay): AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) for decay in decays
         }
         for average in self._averages.values():
             average.requires_grad_(False).eval()

@@ -6,7 +6,7 @@ a restart changes what a step sees. The trainer knows its model, objective and b
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -80,6 +80,20 @@ class Periodic:
     action: Callable[[nn.Module, int], Mapping[str, Any]]
 
 
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands, apart from its tensors: a checkpoint's train_state.json. By default, before any step."""
+
+    data: Mapping[str, Any]  # the fingerprint of what it was trained on; always with image_shape
+    step: int = 0
+    images: int = 0
+    ema_updates: int = 0
+    skipped_steps: int = 0
+    loss_scale: Mapping[str, Any] = field(default_factory=dict)
+    window: Mapping[str, Any] | None = None
+    imported: Mapping[str, Any] | None = None  # the file that it began with, if its weights were imported
+
+
 class Trainer:
     """Train `model` until `total_images`, continuing from the newest valid checkpoint if there is one.
 
@@ -127,6 +141,7 @@ class Trainer:
         self.averages = ModelAverages(model, ema_decays)
         self.device = next(model.parameters()).device
         self.window = MetricsWindow(objective.num_timesteps, self.device)
+        self.imported: Mapping[str, Any] | None = None
         self.step = 0
         self.skipped_steps = self.skipped_in_a_row = self.failed_saves = 0
 
@@ -257,15 +272,16 @@ class Trainer:
             **self.averages.state(),
             "optimizer": self._optimizer_state(),
         }
-        train_state = {
-            "step": self.step,
-            "images": self.images,
-            "ema_updates": self.averages.num_updates,
-            "skipped_steps": self.skipped_steps,
-            "loss_scale": self.precision.scaler.state_dict(),
-            "window": self.window.state(),
-            "data": dict(self.batches.fingerprint),
-        }
+        train_state = TrainState(
+            data=dict(self.batches.fingerprint),
+            step=self.step,
+            images=self.images,
+            ema_updates=self.averages.num_updates,
+            skipped_steps=self.skipped_steps,
+            loss_scale=self.precision.scaler.state_dict(),
+            window=self.window.state(),
+            imported=self.imported,
+        )
         for group in tensors.values():
             for name, tensor in group.items():
                 if not tensor.isfinite().all():
@@ -273,7 +289,7 @@ class Trainer:
                         f"{name} is no longer finite at step {self.step}, nothing was saved: lower optimizer.lr; "
                         "the checkpoints before it are intact"
                     )
-        documents = {"train_state": train_state, "config": dict(self.config)}
+        documents = {"train_state": asdict(train_state), "config": dict(self.config)}
         for _ in range(2):
             try:
                 self.checkpoints.save(self.step, tensors, documents)
@@ -293,28 +309,30 @@ class Trainer:
             self.log.rewind(-1)
             return
         checkpoint.check_model(self.model.state_dict())
-        train_state = checkpoint.document("train_state")
-        if train_state["data"] != dict(self.batches.fingerprint):
+        train_state = TrainState(**checkpoint.document("train_state"))
+        # Before the first step any data will do: imported weights know none of ours.
+        if train_state.images and train_state.data != dict(self.batches.fingerprint):
             raise RunDirectoryError(
-                f"{checkpoint.path}: trained on {train_state['data']}, the configuration now gives "
+                f"{checkpoint.path}: trained on {train_state.data}, the configuration now gives "
                 f"{dict(self.batches.fingerprint)}: restore the data or choose another name"
             )
         self._load(checkpoint, train_state)
         self.log.rewind(self.images)
 
-    def _load(self, checkpoint: Checkpoint, train_state: Mapping[str, Any]) -> None:
+    def _load(self, checkpoint: Checkpoint, train_state: TrainState) -> None:
         self.model.load_state_dict(checkpoint.tensors("model"))
         averages = {name: checkpoint.tensors(name) for name in self.averages.state()}
-        self.averages.load(averages, train_state["ema_updates"])
+        self.averages.load(averages, train_state.ema_updates)
         parameters = dict(self.model.named_parameters())
         for key, tensor in checkpoint.tensors("optimizer").items():
             name, _, field = key.rpartition("/")
             self.optimizer.state[parameters[name]][field] = tensor.to(self.device)
-        if self.precision.scaler.is_enabled():
-            self.precision.scaler.load_state_dict(train_state["loss_scale"])
-        self.step = train_state["images"] // self.batch_size  # also right if the batch size was changed
-        self.skipped_steps = train_state["skipped_steps"]
-        self.window.load(train_state["window"])
+        if self.precision.scaler.is_enabled() and train_state.loss_scale:
+            self.precision.scaler.load_state_dict(dict(train_state.loss_scale))
+        self.step = train_state.images // self.batch_size  # also right if the batch size was changed
+        self.skipped_steps, self.imported = train_state.skipped_steps, train_state.imported
+        if train_state.window is not None:
+            self.window.load(train_state.window)
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         return {
