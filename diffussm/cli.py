@@ -16,7 +16,10 @@ VERBS = {
     "train": "train a model; the same command continues an interrupted run",
     "sample": "draw images from a checkpoint",
     "evaluate": "measure a checkpoint: FID, sFID, IS, precision, recall",
+    "import": "make a run directory from public DiT weights",
+    "export": "write a checkpoint's weights for other programs",
 }
+MODULES = {"import": "import_weights"}  # where the verb is no name for a module
 
 DESCRIPTIONS = {
     "train": """\
@@ -55,6 +58,27 @@ DESCRIPTIONS = {
           sampler= sampler.num_steps= sampling.guidance_scale= sampling.weights=
           out=FILE                      default: results.json of the run
           trust_checkpoint=true         build what a checkpoint names from outside diffussm""",
+    "import": """\
+        Make a run directory from the weights of a DiT, such as the public DiT-XL-2-256x256.pt; `sample`,
+        `evaluate`, `export` and `train` take it as one of their own.
+
+          FILE                          .pt, .pth or .safetensors with the official names or those of diffusers,
+                                        or a directory that diffusers wrote; nothing in it is executed
+          name=NAME run_dir=DIR         default: runs/<name of the file>
+          model.num_heads=16            where the size is not a published one
+          model.input_size=32           where the file does not tell the size of the latents
+          autoencoder= image_shape=     what turns latents into images, and their shape [C, H, W]
+
+        Everything else is a key of `diffussm train`, recorded for what comes next.""",
+    "export": """\
+        Write the weights of a checkpoint as safetensors for other programs.
+
+          checkpoint=PATH               a run directory (newest valid checkpoint) or one checkpoint
+          layout=official               one file with the names of DiT's authors (of DiffuSSM: its own)
+          layout=diffusers              a directory for DiTTransformer2DModel.from_pretrained; its outputs differ
+                                        slightly, for its timestep sinusoid has other frequencies
+          weights=ema                   ema, ema_<decay> or model
+          out=PATH                      default: under export/ of the run""",
 }
 
 
@@ -62,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
     options = _parse(sys.argv[1:] if arguments is None else list(arguments))
     try:
-        return importlib.import_module(f"diffussm.commands.{options.verb}").run(options)
+        module = MODULES.get(options.verb, options.verb)
+        return importlib.import_module(f"diffussm.commands.{module}").run(options)
     except UserError as error:
         print("diffussm:", *str(error).split(), file=sys.stderr)  # one line, whatever it quotes
         return error.exit_code
@@ -88,13 +113,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, summary in VERBS.items():
+        file = "FILE " if verb == "import" else ""
         command = verbs.add_parser(
             verb,
             help=summary,
             description=textwrap.dedent(DESCRIPTIONS[verb]),
             epilog=_describe_groups(verb),
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            usage=f"diffussm {verb} [--config-dir DIR] [--print-config] [key=value ...]",
+            usage=f"diffussm {verb} {file}[--config-dir DIR] [--print-config] [key=value ...]",
             allow_abbrev=False,
         )
         command.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides")
@@ -114,12 +140,12 @@ def _describe_groups(verb: str) -> str:
     package = Path(__file__).resolve().parent
     configs = next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
     root = (configs / f"{verb}.yaml").read_text()
-    lines = ["options of the groups:"]
+    lines = []
     for group in sorted(path for path in configs.iterdir() if path.is_dir()):
         if f"- {group.name}:" in root:
             options = sorted(path.stem for path in group.glob("*.yaml"))
             lines.append(f"  {group.name + '=':<15}{' '.join(options)}")
-    return "\n".join(lines)
+    return "\n".join(["options of the groups:", *lines]) if lines else ""
 
 
 if __name__ == "__main__":

@@ -61,7 +61,10 @@ def compose(
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
-    if missing := sorted(OmegaConf.missing_keys(config) - {"run_dir"}):  # which follows from name
+    may_miss = {"run_dir"}  # which follows from name
+    if verb == "import":
+        may_miss.add("data.path")  # nothing is read but weights
+    if missing := sorted(OmegaConf.missing_keys(config) - may_miss):
         raise ConfigError(f"{', '.join(missing)}: not set: add {' '.join(f'{key}=...' for key in missing)}")
     schema.validate(config)
     return config

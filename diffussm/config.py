@@ -118,7 +118,31 @@ class EvaluateConfig:
     evaluation: Any = free()
 
 
-ROOTS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
+@dataclass
+class ImportConfig(TrainConfig):
+    """`diffussm import`: the configuration of a run that begins with the imported weights."""
+
+    image_shape: list[int] | None = free(None)  # (C, H, W) that the autoencoder decodes to; null: of the latents
+
+
+@dataclass
+class ExportConfig:
+    """`diffussm export`."""
+
+    checkpoint: str = free()
+    trust_checkpoint: bool = free(False)  # build classes from outside diffussm that a checkpoint names
+    layout: str = free("official")  # or diffusers
+    weights: str = free("ema")  # ema (the first average), ema_<decay>, or model
+    out: str | None = free(None)  # null: export/<...> in the run directory
+
+
+ROOTS = {
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
+    "import": ImportConfig,
+    "export": ExportConfig,
+}
 # Data may move: the names of its files are checked instead. Memory may be traded for time.
 FREE_WITHIN_GROUPS = ("data.path", "model.activation_checkpointing")
 
@@ -144,13 +168,10 @@ def validate(config: DictConfig) -> None:
         _require(config, "seed", config.seed >= 0, "must be at least 0")
         is_name = re.fullmatch(r"\w[\w.\-]{0,99}", config.name)
         _require(config, "name", is_name, "use at most 100 letters, digits and . _ -")
-    sampling = config.sampling
-    _require(config, "sampling.batch_size", sampling.batch_size >= 1, "must be at least 1")
-    _require(config, "sampling.guidance_scale", sampling.guidance_scale >= 0, "must be at least 0")
-    _require(config, "sampling.seed", sampling.seed >= 0, "must be at least 0")
-    _require_choice(config, "sampling.precision", ("fp32", "bf16", "fp16"))
-    is_weights = sampling.weights in ("ema", "model") or sampling.weights.startswith("ema_")
-    _require(config, "sampling.weights", is_weights, "choose ema, ema_<decay> or model")
+    if "layout" in config:
+        _require_choice(config, "layout", ("official", "diffusers"))
+    if "sampling" in config:
+        _validate_sampling(config)
     if config.get("evaluation"):
         every = config.evaluation.get("every_images")
         if every is not None:
@@ -163,6 +184,16 @@ def validate(config: DictConfig) -> None:
     if "autoencoder" in config and config.sampler.get("clip_x_0") is True:
         in_pixels = config.autoencoder._target_.endswith("IdentityAutoencoder")
         _require(config, "sampler.clip_x_0", in_pixels, "latents are not bounded: set it to false")
+
+
+def _validate_sampling(config: DictConfig) -> None:
+    sampling = config.sampling
+    _require(config, "sampling.batch_size", sampling.batch_size >= 1, "must be at least 1")
+    _require(config, "sampling.guidance_scale", sampling.guidance_scale >= 0, "must be at least 0")
+    _require(config, "sampling.seed", sampling.seed >= 0, "must be at least 0")
+    _require_choice(config, "sampling.precision", ("fp32", "bf16", "fp16"))
+    is_weights = sampling.weights in ("ema", "model") or sampling.weights.startswith("ema_")
+    _require(config, "sampling.weights", is_weights, "choose ema, ema_<decay> or model")
 
 
 def _validate_trainer(config: DictConfig) -> None:

@@ -24,7 +24,7 @@ ALLOWED = {
     "config": {"runtime"},
     "compose": {"config", "runtime"},
     "build": {"compose", "config", "runtime", "models", "diffusion", "data", "training", "evaluation", "report"},
-    "commands": {"build", "compose", "config", "runtime", "training", "evaluation", "report"},
+    "commands": {"build", "compose", "config", "runtime", "models", "training", "evaluation", "report"},
     "cli": {"commands", "runtime"},
     "__main__": {"cli"},
     "__init__": {"build"},

@@ -1,5 +1,6 @@
 """The command line: help, refusals in one line with nothing created, and the verbs in a real process."""
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -11,14 +12,19 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from conftest import SMALL_RUN
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffussm.cli import main
 from diffussm.commands.sample import _choose_labels
+from diffussm.config import TrainConfig
+from diffussm.models import DiT
+from diffussm.models.layouts import to_diffusers
 
 DIGITS = ("train", "experiment=digits")
 DIGITS_DIT = ("train", "experiment=digits_dit")
@@ -103,6 +109,12 @@ BAD_INPUT = [
     (("sample",), 2, "checkpoint: not set"),
     (("sample", "checkpoint=nowhere"), 73, "checkpoint=nowhere: no checkpoint there"),
     (("evaluate", "checkpoint=nowhere"), 73, "checkpoint=nowhere: no checkpoint there"),
+    (("import",), 2, "no FILE given: write diffussm import FILE"),
+    (("import", "a.pt", "b.pt"), 2, "2 files given"),
+    (("import", "a.pt", "nmae=x"), 2, "nmae: no such key (did you mean name?)"),
+    (("import", "nowhere.pt"), 65, "nowhere.pt: no such file"),
+    (("export",), 2, "checkpoint: not set"),
+    (("export", "checkpoint=nowhere"), 73, "checkpoint=nowhere: no checkpoint there"),
 ]
 
 
@@ -128,7 +140,9 @@ def test_a_file_in_place_of_the_run_directory_is_named(in_tmp, capsys):
 
 def test_help_names_verbs_groups_and_exit_codes(capsys):
     for arguments, promises in (
-        (["--help"], ["train", "sample", "evaluate"]),
+        (["--help"], ["train", "sample", "evaluate", "import", "export"]),
+        (["import", "--help"], ["diffussm import FILE", "model.num_heads=", "dit_xl_2"]),
+        (["export", "--help"], ["layout=diffusers", "weights=ema"]),
         (["train", "--help"], ["experiment=", "diffussm_xl", "image_folder", "75 stopped by a signal"]),
         (["sample", "--help"], ["checkpoint=PATH", "ddim ddpm"]),
         (["evaluate", "--help"], ["results.json", "digits none"]),
@@ -422,6 +436,213 @@ def test_module_and_console_script_are_the_same(diffussm):
     script = Path(sys.executable).with_name("diffussm")
     shown = subprocess.run([script, "train", "--help"], capture_output=True, text=True, check=True)
     assert diffussm("train", "--help").stdout == shown.stdout
+
+
+def public_weights(**options) -> dict[str, torch.Tensor]:
+    """What a public DiT checkpoint holds, of a network that draws digits."""
+    sizes = {"in_channels": 1, "num_classes": 10, "input_size": 8, "hidden_size": 16, "depth": 2, "num_heads": 4}
+    torch.manual_seed(0)
+    model = DiT(**{**sizes, **options})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.state_dict()
+
+
+def weights_of(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(sorted((run / "checkpoints").iterdir())[-1] / f"{name}.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+HEADS = "model.num_heads=4"
+
+
+def test_public_weights_become_a_run_that_samples_evaluates_and_knows_its_origin(in_tmp, capsys):
+    state = public_weights()
+    torch.save(state, "DiT-8x8.pt")
+    arguments = ["import", "DiT-8x8.pt", HEADS, "experiment=digits", "name=dit", "sampler.num_steps=2"]
+    assert main(arguments) == 0
+    assert "runs/dit: DiT, 15,016 parameters, from DiT-8x8.pt (official layout)" in capsys.readouterr().out
+    assert equal(weights_of(Path("runs/dit")), state) and equal(weights_of(Path("runs/dit"), "ema_0.998"), state)
+    checkpoint = Path("runs/dit/checkpoints/step-000000000000")
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert set(config) == {item.name for item in dataclasses.fields(TrainConfig)}
+    assert config["model"]["_target_"] == "diffussm.models.DiT" and config["model"]["depth"] == 2
+    train_state = json.loads((checkpoint / "train_state.json").read_text())
+    sha256 = hashlib.sha256(Path("DiT-8x8.pt").read_bytes()).hexdigest()
+    assert train_state["imported"] == {"file": "DiT-8x8.pt", "sha256": sha256, "layout": "official"}
+    assert main(["sample", "checkpoint=runs/dit", "num_images=3"]) == 0
+    assert main(["evaluate", "checkpoint=runs/dit", "evaluation.num_samples=16"]) == 0
+    before = sorted((path, path.stat().st_mtime_ns) for path in checkpoint.iterdir())
+    assert main(arguments) == 0
+    assert "these weights are there already" in capsys.readouterr().out
+    assert main([*arguments, "model.mlp_ratio=4.0", "seed=1"]) == 73
+    assert "holds another run" in capsys.readouterr().err
+    assert sorted((path, path.stat().st_mtime_ns) for path in checkpoint.iterdir()) == before
+
+
+def test_imported_weights_can_be_trained_on(in_tmp, capsys):
+    torch.save(public_weights(hidden_size=32, depth=1, patch_size=1), "dit.pt")
+    short = [
+        "experiment=digits_dit", "name=fine", "model.hidden_size=32", "model.depth=1", "trainer.batch_size=16",
+        "trainer.total_images=64", "evaluation.num_samples=16", "sampler.num_steps=2", "trainer.warmup_images=0",
+        "trainer.precision=fp16", "device=cpu",
+    ]  # fmt: skip
+    assert main(["import", "dit.pt", HEADS, *short]) == 0
+    started = weights_of(Path("runs/fine"))
+    assert main(["train", *short]) == 0
+    assert "configuration changed" not in capsys.readouterr().err
+    trained = weights_of(Path("runs/fine"))
+    distance = max(float((trained[name] - started[name]).abs().max()) for name in started)
+    assert 0 < distance < 0.1  # a few steps away from where it began
+    newest = sorted(Path("runs/fine/checkpoints").iterdir())[-1]
+    train_state = json.loads((newest / "train_state.json").read_text())
+    assert train_state["images"] == 64 and train_state["imported"]["file"] == "dit.pt"
+
+
+def test_export_and_import_are_inverses_in_both_layouts(run, in_tmp, capsys):
+    torch.save(public_weights(), "dit.pth")
+    assert main(["import", "dit.pth", HEADS, "name=a"]) == 0
+    state = weights_of(Path("runs/a"))
+    assert main(["export", "checkpoint=runs/a", "out=a.safetensors"]) == 0
+    assert equal(load_file("a.safetensors"), state)
+    assert main(["import", "a.safetensors", HEADS, "name=b"]) == 0
+    assert (
+        main(["export", "checkpoint=runs/b", "layout=diffusers", "weights=model", "out=pipeline/transformer"]) == 0
+    )
+    theirs = diffusers.DiTTransformer2DModel.from_pretrained("pipeline/transformer", low_cpu_mem_usage=False)
+    assert theirs.config.num_embeds_ada_norm == 10 and theirs.config.sample_size == 8
+    assert main(["import", "pipeline", "name=c"]) == 0  # its config.json tells the heads
+    assert main(["import", "pipeline/transformer", "name=d"]) == 0
+    file = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    assert main(["import", file, HEADS, "model.input_size=8", "name=e"]) == 0
+    torch.save(load_file(file), "pipeline/transformer/diffusion_pytorch_model.bin")
+    Path(file).unlink()
+    assert main(["import", "pipeline", "name=f"]) == 0
+    assert all(equal(weights_of(Path("runs") / name), state) for name in "bcdef")
+    assert (
+        main(["export", f"checkpoint={run}", "out=run.safetensors", "weights=model"]) == 0
+    )  # DiffuSSM's own names
+    assert equal(load_file("run.safetensors"), weights_of(run))
+
+
+def test_published_sizes_need_no_heads_and_latents_that_cannot_be_drawn_are_announced(in_tmp, capsys):
+    torch.save(public_weights(in_channels=4, hidden_size=384, depth=12, num_heads=6, patch_size=8), "dit_s_8.pt")
+    assert main(["import", "dit_s_8.pt"]) == 0
+    assert "images of 4 channels cannot be drawn" in capsys.readouterr().err
+    config = json.loads(Path("runs/dit_s_8/checkpoints/step-000000000000/config.json").read_text())
+    assert config["model"]["num_heads"] == 6 and config["trainer"]["ema_decays"] == [0.9999]
+    assert main(["sample", "checkpoint=runs/dit_s_8"]) == 2
+    assert "images of 4 channels, which cannot be drawn" in capsys.readouterr().err
+
+
+class Foreign:
+    """What a hostile checkpoint would hold."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("pwned"),)
+
+
+def misfit(**changes) -> dict:
+    return {name: tensor for name, tensor in {**public_weights(), **changes}.items() if tensor is not None}
+
+
+BAD_WEIGHTS = [
+    # what is in the file, overrides, exit code, what the line says
+    ({"model": Foreign()}, [], 65, "and reading that could run code"),
+    ({"ema": {}}, [], 65, "no state dict"),
+    ({"weight": torch.zeros(2)}, [], 65, "neither the official DiT's names nor those of diffusers: weight"),
+    (public_weights(), [], 2, "model.num_heads: not told by the file"),
+    (public_weights(), ["model.num_heads=3"], 2, "model.hidden_size=16: must be divisible by num_heads=3"),
+    (public_weights(), [HEADS, "model.depth=1"], 65, "weights do not fit: 10 unknown: blocks.1.attn.qkv.weight, "),
+    (public_weights(), [HEADS, "model=diffussm_tiny"], 2, "no such key"),
+    (public_weights(), [HEADS, "image_shape=[1,9,9]"], 2, "model.input_size=8: the data gives 9x9 latents"),
+    (misfit(**{"blocks.1.mlp.fc2.bias": None}), [HEADS], 65, "1 missing: blocks.1.mlp.fc2.bias"),
+    (misfit(colour=torch.zeros(1)), [HEADS], 65, "1 unknown: colour"),
+    (misfit(pos_embed=torch.zeros(1, 16, 8)), [HEADS], 65, "pos_embed: [1, 16, 8] instead of [1, 16, 16]"),
+    (misfit(pos_embed=torch.full((1, 16, 16), torch.nan)), [HEADS], 65, "pos_embed: not finite"),
+    (to_diffusers(public_weights()), [HEADS], 2, "model.input_size: not told by the file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "code", "says"),
+    BAD_WEIGHTS,
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_weights_are_one_line_and_create_nothing(content, overrides, code, says, in_tmp, capsys):
+    torch.save(content, "bad.pt")
+    assert main(["import", "bad.pt", *overrides]) == code
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("diffussm: ") and captured.err.count("\n") == 1
+    assert says in captured.err
+    assert [path.name for path in in_tmp.iterdir()] == ["bad.pt"]
+
+
+@pytest.mark.parametrize("name", ["bad.pt", "bad.safetensors", "bad.txt"])
+def test_files_that_are_no_weights_are_one_line(in_tmp, capsys, name):
+    for content in (b"", b"PK\x03\x04 not really", b"hello, world" * 100):
+        Path(name).write_bytes(content)
+        assert main(["import", name]) in (2, 65)
+        said = capsys.readouterr().err
+        assert said.startswith(f"diffussm: {name}: ") and said.count("\n") == 1
+
+
+def test_directories_that_are_not_diffusers_are_named(in_tmp, capsys):
+    Path("model").mkdir()
+    assert main(["import", "model"]) == 65
+    assert "no config.json with diffusion_pytorch_model.safetensors" in capsys.readouterr().err
+    save_file({"x": torch.zeros(1)}, "model/diffusion_pytorch_model.safetensors")
+    for config, says in (
+        ("{}", "no configuration of DiTTransformer2DModel (KeyError('num_attention_heads'))"),
+        ("{", "no configuration of DiTTransformer2DModel (JSONDecodeError"),
+        ('{"num_attention_heads": 4, "sample_size": 8, "activation_fn": "geglu"}', "activation_fn=geglu: DiT has"),
+    ):
+        Path("model/config.json").write_text(config)
+        assert main(["import", "model"]) == 65
+        assert says in capsys.readouterr().err
+
+
+def test_exports_that_cannot_be_are_one_line_and_overwrite_nothing(run, in_tmp, capsys):
+    torch.save(public_weights(class_dropout_prob=0.0, num_classes=11), "a.pt")
+    torch.save(public_weights(conditioning="in_context"), "b.pt")
+    assert main(["import", "a.pt", HEADS, "model.num_classes=11", "model.class_dropout_prob=0"]) == 0
+    assert main(["import", "b.pt", HEADS]) == 0
+    Path("there").mkdir()
+    capsys.readouterr()
+    for arguments, code, says in (
+        ((f"checkpoint={run}", "layout=diffusers"), 2, "layout=diffusers: diffusers has no DiffuSSM"),
+        (("checkpoint=runs/a", "layout=diffusers"), 2, "needs a null label"),
+        (("checkpoint=runs/b", "layout=diffusers"), 2, "layout=diffusers: conditioning=in_context: diffusers has"),
+        (("checkpoint=runs/b", "layout=onnx"), 2, "layout=onnx: choose official, diffusers"),
+        (("checkpoint=runs/b", "weights=ema_0.5"), 2, "weights=ema_0.5: runs/b/checkpoints/step-000000000000 has"),
+        (("checkpoint=runs/b", "out=b.ckpt"), 2, "out=b.ckpt: must end in .safetensors"),
+        (("checkpoint=runs/b", "out=there", "layout=diffusers"), 73, "out=there: exists"),
+    ):
+        assert main(["export", *arguments]) == code
+        captured = capsys.readouterr()
+        assert says in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert list(Path("there").iterdir()) == [] and not Path("b.ckpt").exists() and not (run / "export").exists()
+
+
+def test_a_checkpoint_from_before_imports_still_resumes(run, tmp_path):
+    checkpoint = forge(run, tmp_path, "name", "digits")
+    path = checkpoint / "train_state.json"
+    state = json.loads(path.read_text())
+    del state["imported"]
+    content = json.dumps(state).encode()
+    path.write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["train_state.json"] = {
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    arguments = ["train", *SMALL_RUN, f"run_dir={tmp_path / 'forged'}", "trainer.total_images=144"]
+    assert main(arguments) == 0
 
 
 def wait_for(path: Path, text: str, process: subprocess.Popen) -> None:

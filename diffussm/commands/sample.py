@@ -24,6 +24,7 @@ from diffussm.commands.from_checkpoint import (
 from diffussm.report.grid import save_grid
 from diffussm.runtime.errors import ConfigError, RunDirectoryError
 from diffussm.runtime.run_dir import write_json
+from diffussm.training.checkpoint import Checkpoint
 from diffussm.training.logging import Progress
 
 MAX_GRID_COLUMNS = 20
@@ -34,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
     checkpoint, trained, config = open_checkpoint(options)
     if options.print_config:
         return print_config(config)
+    _check_drawable(checkpoint)
     request = make_request(checkpoint, config, ("num_images", "classes"))
     default = run_path(checkpoint) / "samples" / f"{checkpoint.path.name}-{digest(request)}"
     out = Path(config.out or default)
@@ -60,6 +62,15 @@ def run(options: argparse.Namespace) -> int:
     write_json(out / "samples.json", {"request": request, "weights": weights, "complete": True})
     print(f"{out / 'grid.png'}: {len(images)} images, each in a file beside it")
     return 0
+
+
+def _check_drawable(checkpoint: Checkpoint) -> None:
+    channels = checkpoint.document("train_state")["data"]["image_shape"][0]
+    if channels not in (1, 3):
+        raise ConfigError(
+            f"{checkpoint.path}: gives images of {channels} channels, which cannot be drawn: "
+            "latents need an autoencoder that decodes them"
+        )
 
 
 def _is_complete(out: Path, request: Mapping[str, Any]) -> bool:

@@ -89,7 +89,7 @@ class DiT(nn.Module):
             raise ValueError(f"conditioning={conditioning}: choose {', '.join(get_args(Conditioning))}")
         self.in_channels, self.num_classes, self.learn_sigma = in_channels, num_classes, learn_sigma
         self.input_size, self.patch_size, self.conditioning = input_size, patch_size, conditioning
-        self.activation_checkpointing = activation_checkpointing
+        self.num_heads, self.activation_checkpointing = num_heads, activation_checkpointing
 
         side = input_size // patch_size
         self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)

@@ -84,7 +84,7 @@ def infer_dit_arguments(state: State) -> dict[str, Any]:
     }
 
 
-def check_fit(state: State, wanted: State) -> None:
+def check_weights(state: State, wanted: State) -> None:
     """Refuse, in one line, a state dict without exactly the names and shapes of `wanted`."""
     misshapen = [
         f"{name}: {list(tensor.shape)} instead of {list(wanted[name].shape)}"

@@ -9,7 +9,7 @@ from torch import Tensor
 import diffussm
 from diffussm.models import DiT
 from diffussm.models.layouts import (
-    check_fit,
+    check_weights,
     detect_layout,
     diffusers_config,
     from_diffusers,
@@ -71,7 +71,7 @@ def test_shapes_tell_the_network(conditioning, num_classes):
     state = model.state_dict()
     assert detect_layout(state) == "official"
     rebuilt = DiT(**arguments(state))
-    check_fit(state, rebuilt.state_dict())
+    check_weights(state, rebuilt.state_dict())
     rebuilt.load_state_dict(state)
     labels = None if num_classes is None else torch.tensor([4, 0])
     x_t, t, _ = inputs()
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_named_and_counted_in_one_line():
     )))  # fmt: skip
     wrong |= {"colour": torch.zeros(1), "final_layer.linear.bias": torch.zeros(3)}
     with pytest.raises(ValueError) as refused:
-        check_fit(wrong, state)
+        check_weights(wrong, state)
     assert str(refused.value) == (
         "weights do not fit: 4 missing: blocks.0.attn.qkv.bias, blocks.0.attn.proj.bias, blocks.0.mlp.fc1.bias, "
         "...; 1 unknown: colour; 1 of another shape: final_layer.linear.bias: [3] instead of [24]"

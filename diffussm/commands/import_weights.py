@@ -1,0 +1,174 @@
+"""`diffussm import`: a run directory from DiT's public weights, for every verb that takes a checkpoint."""
+
+import argparse
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from diffussm.build import check_latents, construct
+from diffussm.commands import note, print_config
+from diffussm.compose import compose, override_value
+from diffussm.config import TrainConfig
+from diffussm.models.layouts import check_weights, detect_layout, from_diffusers, infer_dit_arguments
+from diffussm.runtime.errors import ConfigError, DataError, RunDirectoryError
+from diffussm.runtime.run_dir import RunDirectory, write_atomically
+from diffussm.training.checkpoint import CheckpointStore
+from diffussm.training.ema import average_name
+from diffussm.training.trainer import TrainState
+
+DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+ACTIVATION = "gelu-approximate"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read the weights, find out whose they are, and publish them as a run before its first step."""
+    path, overrides = _split(options.overrides)
+    name = path.absolute().stem.replace("'", "\\'")
+    overrides = [f"name='{name}'", *overrides]
+    if override_value(overrides, "model") is None:
+        overrides = ["model=dit_xl_2", *overrides]  # whatever an experiment names; the weights tell the rest
+    compose("import", overrides, options.config_dir)  # a mistyped key ends here, before gigabytes are read
+    file, told = _find_file(path)
+    try:
+        layout, state, arguments = _interpret(_read(file), told, overrides)
+        known = [f"model.{key}={'null' if value is None else value}" for key, value in arguments.items()]
+        config = compose("import", [*known, *overrides], options.config_dir)
+        if options.print_config:
+            return print_config(config)
+        with torch.device("meta"):
+            model = construct(config.model, "model")
+        check_weights(state, model.state_dict())
+        state = {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in state.items()}
+        if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{broken[0]}: not finite")
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from error
+    image_shape = list(config.image_shape or [config.model.in_channels, *2 * [config.model.input_size]])
+    autoencoder = construct(config.autoencoder, "autoencoder")
+    check_latents(config.model, autoencoder.latent_shape(tuple(image_shape)))
+    trained = OmegaConf.masked_copy(config, [item.name for item in fields(TrainConfig)])
+    imported = {"file": file.name, "sha256": _sha256(file), "layout": layout}
+    directory = RunDirectory(Path(config.run_dir))
+    if not _publish(directory, trained, state, TrainState(data={"image_shape": image_shape}, imported=imported)):
+        print(f"{directory.path}: these weights are there already")
+        return 0
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{directory.path}: {type(model).__name__}, {parameters:,} parameters, from {file} ({layout} layout)")
+    if image_shape[0] not in (1, 3):
+        note(f"images of {image_shape[0]} channels cannot be drawn: to sample, latents need an autoencoder")
+    return 0
+
+
+def _split(arguments: Sequence[str]) -> tuple[Path, list[str]]:
+    """FILE, and the overrides around it."""
+    files = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
+    if len(files) != 1:
+        given = f"{len(files)} files given" if files else "no FILE given"
+        raise ConfigError(f"{given}: write diffussm import FILE key=value ...")
+    return Path(files[0]), [argument for argument in arguments if argument != files[0]]
+
+
+def _find_file(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of weights, and what the config.json of diffusers beside it tells about the model."""
+    if path.is_file():
+        return path, {}
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    for folder in (path, path / "transformer"):
+        for name in DIFFUSERS_FILES:
+            if (folder / name).is_file() and (folder / "config.json").is_file():
+                return folder / name, _read_config(folder / "config.json")
+    raise DataError(f"{path}: no config.json with {DIFFUSERS_FILES[0]} there or in transformer/")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+        told = {"num_heads": int(config["num_attention_heads"]), "input_size": int(config["sample_size"])}
+        activation = config.get("activation_fn", ACTIVATION)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: no configuration of DiTTransformer2DModel ({error!r})") from error
+    if activation != ACTIVATION:
+        raise DataError(f"{path}: activation_fn={activation}: DiT has {ACTIVATION}")
+    return told
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, of which nothing is executed."""
+    try:
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
+        if file.suffix not in (".pt", ".pth", ".bin"):
+            raise ConfigError(f"{file}: must be .pt, .pth, .safetensors, or a directory that diffusers wrote")
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, ConfigError):
+        raise
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{file}: damaged: {error}") from error
+    except pickle.UnpicklingError as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"holds {foreign[1]}, and reading that could run code" if foreign else "no file of tensors"
+        raise DataError(f"{file}: {why}: save its state dict alone, best as safetensors") from error
+    except Exception as error:  # whatever a damaged archive may raise
+        raise DataError(f"{file}: damaged, or no file of tensors: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise DataError(f"{file}: no state dict, which maps names to tensors: save that alone")
+    return content
+
+
+def _interpret(
+    state: Mapping[str, Tensor], told: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[str, Mapping[str, Tensor], dict[str, Any]]:
+    """(layout, official weights, arguments of DiT); what the file does not tell must be overridden."""
+    layout = detect_layout(state)
+    if layout == "diffusers":
+        size = override_value(overrides, "model.input_size") or told.get("input_size")
+        if not isinstance(size, int):
+            raise ConfigError("model.input_size: not told by the file: add model.input_size=32 or what it is")
+        state = from_diffusers(state, size)
+    arguments = {**infer_dit_arguments(state), **told}
+    if arguments["num_heads"] is None:
+        if override_value(overrides, "model.num_heads") is None:
+            raise ConfigError("model.num_heads: not told by the file: add model.num_heads=16 or what it is")
+        del arguments["num_heads"]
+    return layout, state, arguments
+
+
+def _publish(
+    directory: RunDirectory, config: DictConfig, state: Mapping[str, Tensor], train_state: TrainState
+) -> bool:
+    """Write what `train` would have before its first step; False if a run with these weights is there already."""
+    directory.open()
+    store = CheckpointStore(directory.checkpoints, warn=note)
+    resolved = OmegaConf.to_container(config, resolve=True)
+    there = store.newest_valid()
+    if there is not None:
+        same_weights = there.document("train_state").get("imported") == train_state.imported
+        if not same_weights or there.document("config") != resolved:
+            raise RunDirectoryError(f"run_dir={directory.path}: holds another run: choose another name")
+        return False
+    tensors = {"model": state, **{average_name(decay): state for decay in config.trainer.ema_decays}}
+    documents = {"train_state": asdict(train_state), "config": resolved}
+    store.save(0, {**tensors, "optimizer": {}}, documents)
+    write_atomically(directory.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
+    directory.write_status("imported", images=0, step=0, exit_code=0)
+    return True
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
