@@ -479,8 +479,12 @@ def test_public_weights_become_a_run_that_samples_evaluates_and_knows_its_origin
     before = sorted((path, path.stat().st_mtime_ns) for path in checkpoint.iterdir())
     assert main(arguments) == 0
     assert "these weights are there already" in capsys.readouterr().out
-    assert main([*arguments, "model.mlp_ratio=4.0", "seed=1"]) == 73
-    assert "holds another run" in capsys.readouterr().err
+    assert main([*arguments, "seed=1"]) == 73
+    torch.save(public_weights(num_classes=9), "DiT-8x8.pt")
+    assert main([*arguments, "model.num_classes=10", "model.class_dropout_prob=0"]) == 73
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, "DiT-8x8.pt")
+    assert main(arguments) == 73
+    assert capsys.readouterr().err.count("runs/dit: holds another run") == 3
     assert sorted((path, path.stat().st_mtime_ns) for path in checkpoint.iterdir()) == before
 
 
@@ -522,7 +526,9 @@ def test_export_and_import_are_inverses_in_both_layouts(run, in_tmp, capsys):
     torch.save(load_file(file), "pipeline/transformer/diffusion_pytorch_model.bin")
     Path(file).unlink()
     assert main(["import", "pipeline", "name=f"]) == 0
-    assert all(equal(weights_of(Path("runs") / name), state) for name in "bcdef")
+    for name in "bcdef":
+        assert equal(weights_of(Path("runs") / name), state)
+        assert OmegaConf.load(f"runs/{name}/config.yaml").model.num_heads == 4
     assert (
         main(["export", f"checkpoint={run}", "out=run.safetensors", "weights=model"]) == 0
     )  # DiffuSSM's own names
