@@ -119,7 +119,8 @@ class EvaluateConfig:
 
 
 ROOTS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
-FREE_WITHIN_GROUPS = ("data.path",)  # data may move; the names of its files are checked instead
+# Data may move (the names of its files are checked instead); checkpointing trades time for memory alone.
+FREE_WITHIN_GROUPS = ("data.path", "model.activation_checkpointing")
 
 
 def register() -> None:

@@ -31,7 +31,10 @@ ALLOWED = {
 }
 # Within a package: file -> files of the same package that it may import.
 ALLOWED_WITHIN = {
-    "models": {"layers": set(), "ssm": {"layers"}, "diffussm": {"layers", "ssm"}, "__init__": {"ssm", "diffussm"}},
+    "models": {
+        "layers": set(),
+        "convolution": set(),
+        "ssm": {"layers", "convolution"}, "diffussm": {"layers", "ssm"}, "__init__": {"ssm", "diffussm"}},
     "diffusion": {
         "schedule": set(),
         "process": {"schedule"},
