@@ -214,15 +214,17 @@ class _Tables:
         return kernel
 
     def backward(self, grad_kernel: Tensor) -> Discrete:
-        """The gradient of `Discrete`, from the moments sum_l g_l Abar^l and sum_l l g_l Abar^l."""
+        """The gradient of `Discrete`, from the moments sum_l g_l Abar^l and sum_l l g_l Abar^l; uses up `fine`."""
         rows = torch.nn.functional.pad(grad_kernel, (0, self.P * self.Q - self.length))
         rows = rows.unflatten(1, (self.Q, self.P))
-        b = torch.arange(self.P, device=rows.device)[:, None, None]
-        aP = self.P * torch.arange(self.Q, device=rows.device)[:, None, None]
-        # sums over b, (Q, channels, pairs): of g Abar^b, and of g b Abar^b
+        b, aP = (
+            step * torch.arange(count, device=rows.device, dtype=rows.dtype)[:, None, None]
+            for step, count in ((1, self.P), (self.P, self.Q))
+        )
+        # sums over b, (Q, channels, pairs): of g Abar^b, of g b Abar^b, and with aP of g l Abar^b
         plain = Pair(*(torch.bmm(rows, part.transpose(0, 1)).transpose(0, 1) for part in self.fine))
-        by_b = Pair(*(torch.bmm(rows, (part * b).transpose(0, 1)).transpose(0, 1) for part in self.fine))
-        by_l = Pair(*(aP * p + q for p, q in zip(plain, by_b, strict=True)))
+        by_b = Pair(*(torch.bmm(rows, part.mul_(b).transpose(0, 1)).transpose(0, 1) for part in self.fine))
+        by_l = Pair(*(q.addcmul_(aP, p) for p, q in zip(plain, by_b, strict=True)))
         zeroth = Pair(*(part.sum(0) for part in multiply(self.coarse, plain)))
         first = Pair(*(part.sum(0) for part in multiply(self.coarse, by_l)))
         slope = multiply(self.weight, first)
@@ -238,9 +240,8 @@ class Pair(NamedTuple):
 
 def multiply(a: Pair, b: Pair) -> Pair:
     """The complex product."""
-    return Pair(
-        torch.addcmul(a.real * b.real, a.imag, b.imag, value=-1), torch.addcmul(a.real * b.imag, a.imag, b.real)
-    )
+    real = (a.real * b.real).addcmul_(a.imag, b.imag, value=-1)
+    return Pair(real, (a.real * b.imag).addcmul_(a.imag, b.real))
 
 
 def _powers(discrete: Discrete, step: int, count: int, dtype: torch.dtype) -> Pair:
