@@ -27,6 +27,7 @@ from diffussm.diffusion.samplers import Denoiser, Noise, Sampler
 from diffussm.diffusion.schedule import Schedule
 from diffussm.evaluation.evaluator import Evaluation
 from diffussm.evaluation.generate import Generator
+from diffussm.models import S4D
 from diffussm.report.grid import save_grid
 from diffussm.runtime.errors import ConfigError, RunDirectoryError, UserError
 from diffussm.runtime.run_dir import RunDirectory
@@ -126,8 +127,13 @@ def check_latents(model: DictConfig, latent_shape: tuple[int, int, int]) -> None
     if side and (height, width) != (side, side):
         remedy = f"set it to {height}" if height == width else "this model takes square latents only"
         raise ConfigError(f"model.input_size={side}: the data gives {height}x{width} latents: {remedy}")
-    tokens, ratio = height * width, model.get("hourglass_ratio")
-    if ratio and tokens % ratio:
+    patch, ratio = model.get("patch_size", 1), model.get("hourglass_ratio", 1)
+    if patch < 1 or ratio < 1:
+        return  # the model's constructor says so better
+    if height % patch or width % patch:
+        raise ConfigError(f"model.patch_size={patch}: does not divide the data's {height}x{width} latents")
+    tokens = height * width // patch**2
+    if tokens % ratio:
         raise ConfigError(f"model.hourglass_ratio={ratio}: does not divide the {tokens} tokens of the data")
 
 
@@ -177,6 +183,7 @@ def _periodic(system: System, run: RunDirectory, sample_every_images: int | None
     def draw_grid(model: nn.Module, images: int) -> Mapping[str, Any]:
         generator = system.generator(model, config.sampler, config.sampling)
         draw_samples(generator, run.samples / f"images-{images:012d}.png")
+        forget_spectra(model)
         return {}
 
     periodic = [Periodic("samples", sample_every_images, draw_grid)]
@@ -184,10 +191,19 @@ def _periodic(system: System, run: RunDirectory, sample_every_images: int | None
     if evaluation is not None and evaluation.every_images:
 
         def evaluate(model: nn.Module, images: int) -> Mapping[str, Any]:
-            return evaluation.run(system.generator(model, config.sampler, config.sampling))
+            metrics = evaluation.run(system.generator(model, config.sampler, config.sampling))
+            forget_spectra(model)
+            return metrics
 
         periodic.append(Periodic("evaluation", evaluation.every_images, evaluate))
     return periodic
+
+
+def forget_spectra(model: nn.Module) -> None:
+    """Free what frozen S4D layers keep for sampling, so that training has its memory back."""
+    for module in model.modules():
+        if isinstance(module, S4D):
+            module.forget_spectra()
 
 
 def draw_samples(generator: Generator, path: Path) -> None:

@@ -143,7 +143,7 @@ ROOTS = {
     "import": ImportConfig,
     "export": ExportConfig,
 }
-# Data may move: the names of its files are checked instead. Memory may be traded for time.
+# Data may move (the names of its files are checked instead); checkpointing trades time for memory alone.
 FREE_WITHIN_GROUPS = ("data.path", "model.activation_checkpointing")
 
 

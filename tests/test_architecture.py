@@ -33,7 +33,8 @@ ALLOWED = {
 ALLOWED_WITHIN = {
     "models": {
         "layers": set(),
-        "ssm": {"layers"},
+        "convolution": set(),
+        "ssm": {"layers", "convolution"},
         "diffussm": {"layers", "ssm"},
         "dit": {"layers"},
         "layouts": {"layers"},

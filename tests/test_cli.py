@@ -63,7 +63,7 @@ BAD_INPUT = [
     ((*DIGITS, "model.num_classes=5"), 2, "model.num_classes=5: the data has 10 classes"),
     ((*DIGITS, "model.in_channels=4"), 2, "model.in_channels=4: the data gives 1 channel"),
     ((*DIGITS_DIT, "model.input_size=32"), 2, "model.input_size=32: the data gives 8x8 latents: set it to 8"),
-    ((*DIGITS_DIT, "model.patch_size=3"), 2, "model.input_size=8: must be divisible by patch_size=3"),
+    ((*DIGITS_DIT, "model.patch_size=3"), 2, "model.patch_size=3: does not divide the data's 8x8"),
     ((*DIGITS_DIT, "model.num_heads=5"), 2, "model.hidden_size=64: must be divisible by num_heads=5"),
     ((*DIGITS_DIT, "model.conditioning=film"), 2, "model.conditioning=film: must be one of adaln_zero, adaln,"),
     ((*DIGITS, "+model.colour=red"), 2, "model.colour: no such key"),
