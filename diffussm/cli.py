@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffussm.runtime.errors import OutOfMemoryError, StorageError, UserError
+from diffussm.runtime.memory import keep_freed_memory
 
 VERBS = {
     "train": "train a model; the same command continues an interrupted run",
@@ -85,6 +86,7 @@ DESCRIPTIONS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
     options = _parse(sys.argv[1:] if arguments is None else list(arguments))
+    keep_freed_memory()
     try:
         module = MODULES.get(options.verb, options.verb)
         return importlib.import_module(f"diffussm.commands.{module}").run(options)

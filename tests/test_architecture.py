@@ -49,7 +49,8 @@ ALLOWED_WITHIN = {
         "__init__": set(),
     },
     "runtime": {
-        "errors": set(), "seeding": set(), "signals": set(), "run_dir": {"errors"}, "__init__": set(),
+        "errors": set(), "memory": set(), "seeding": set(), "signals": set(), "run_dir": {"errors"},
+        "__init__": set(),
     },
 }  # fmt: skip
 HYDRA_LIVES_IN = {"config", "compose", "build", "commands"}
