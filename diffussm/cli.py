@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a model; the same command continues an interrupted run",
     "sample": "draw images from a checkpoint",
     "evaluate": "measure a checkpoint: FID, sFID, IS, precision, recall",
+    "complexity": "print parameters, multiply-accumulates, SSM work and activations of models",
 }
 
 DESCRIPTIONS = {
@@ -55,6 +56,15 @@ DESCRIPTIONS = {
           sampler= sampler.num_steps= sampling.guidance_scale= sampling.weights=
           out=FILE                      default: results.json of the run
           trust_checkpoint=true         build what a checkpoint names from outside diffussm""",
+    "complexity": """\
+        Print what models cost on paper, per image of one forward pass. Nothing is computed.
+
+          model=NAME                    one model; default: every preset
+          model.hidden_size=512         any parameter of it
+          resolutions=[256,512,1024]    of images, in pixels; their latents are an eighth of that
+
+        GMAC: multiply-accumulates of dense layers and attention, which papers call Gflops. SSM GFLOP: FFTs,
+        spectral products and kernels of the state-space layers. Activations: kept for backward, in fp32.""",
 }
 
 

@@ -118,7 +118,20 @@ class EvaluateConfig:
     evaluation: Any = free()
 
 
-ROOTS = {"train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
+@dataclass
+class ComplexityConfig:
+    """`diffussm complexity`."""
+
+    model: Any = free(None)  # null: every preset but the tiny ones
+    resolutions: list[int] = free([256, 512, 1024])  # of images, in pixels; latents are an eighth of it
+
+
+ROOTS = {
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
+    "complexity": ComplexityConfig,
+}
 FREE_WITHIN_GROUPS = ("data.path",)  # data may move; the names of its files are checked instead
 
 
@@ -143,13 +156,11 @@ def validate(config: DictConfig) -> None:
         _require(config, "seed", config.seed >= 0, "must be at least 0")
         is_name = re.fullmatch(r"\w[\w.\-]{0,99}", config.name)
         _require(config, "name", is_name, "use at most 100 letters, digits and . _ -")
-    sampling = config.sampling
-    _require(config, "sampling.batch_size", sampling.batch_size >= 1, "must be at least 1")
-    _require(config, "sampling.guidance_scale", sampling.guidance_scale >= 0, "must be at least 0")
-    _require(config, "sampling.seed", sampling.seed >= 0, "must be at least 0")
-    _require_choice(config, "sampling.precision", ("fp32", "bf16", "fp16"))
-    is_weights = sampling.weights in ("ema", "model") or sampling.weights.startswith("ema_")
-    _require(config, "sampling.weights", is_weights, "choose ema, ema_<decay> or model")
+    if "sampling" in config:
+        _validate_sampling(config)
+    if "resolutions" in config:
+        fit = len(config.resolutions) > 0 and all(side > 0 and side % 8 == 0 for side in config.resolutions)
+        _require(config, "resolutions", fit, "needs at least one positive multiple of 8")
     if config.get("evaluation"):
         every = config.evaluation.get("every_images")
         if every is not None:
@@ -162,6 +173,16 @@ def validate(config: DictConfig) -> None:
     if "autoencoder" in config and config.sampler.get("clip_x_0") is True:
         in_pixels = config.autoencoder._target_.endswith("IdentityAutoencoder")
         _require(config, "sampler.clip_x_0", in_pixels, "latents are not bounded: set it to false")
+
+
+def _validate_sampling(config: DictConfig) -> None:
+    sampling = config.sampling
+    _require(config, "sampling.batch_size", sampling.batch_size >= 1, "must be at least 1")
+    _require(config, "sampling.guidance_scale", sampling.guidance_scale >= 0, "must be at least 0")
+    _require(config, "sampling.seed", sampling.seed >= 0, "must be at least 0")
+    _require_choice(config, "sampling.precision", ("fp32", "bf16", "fp16"))
+    is_weights = sampling.weights in ("ema", "model") or sampling.weights.startswith("ema_")
+    _require(config, "sampling.weights", is_weights, "choose ema, ema_<decay> or model")
 
 
 def _validate_trainer(config: DictConfig) -> None:

@@ -1,0 +1,139 @@
+"""What a model costs on paper: parameters, multiply-accumulates, SSM work and activations of one image.
+
+Nothing is computed and no memory is used: the model runs on fake tensors, which have shapes only, under
+torch's own counter. DiT and DiffuSSM call dense multiply-accumulates "Gflops" and leave FFTs out, so the
+work of the state-space model has a column of its own.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """Costs of one forward pass of one image.
+
+    parameters: learned numbers. macs: multiply-accumulates of the dense layers and of attention.
+    ssm_flops: floating-point operations of the state-space convolutions, see `s4d_flops`.
+    activation_bytes: what autograd keeps for the backward pass in fp32, parameters not counted.
+    """
+
+    parameters: int
+    macs: int
+    ssm_flops: int
+    activation_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the dense part: two for each multiply-accumulate."""
+        return 2 * self.macs
+
+
+def measure_complexity(model: nn.Module, latent_shape: Sequence[int]) -> Complexity:
+    """The complexity of a denoiser on latents (C, H, W); a model on the meta device will do.
+
+    The model itself is neither run nor changed: its copy holds no memory. ValueError if the latents do not
+    fit the model.
+    """
+    saved = _SavedBytes()
+    with FakeTensorMode():
+        fake = _fake_copy(model).train()
+        for parameter in fake.parameters():
+            saved.ignore(parameter)
+        ssm = _SSMCounter(fake)
+        counter = FlopCounterMode(display=False, custom_mapping=ssm.mapping)
+        x_t, t = torch.zeros(1, *latent_shape), torch.zeros(1, dtype=torch.long)
+        labels = () if getattr(model, "num_classes", None) is None else (torch.zeros(1, dtype=torch.long),)
+        with counter, torch.autograd.graph.saved_tensors_hooks(saved.add, lambda kept: kept):
+            fake(x_t, t, *labels)
+    return Complexity(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=(counter.get_total_flops() - ssm.flops_within(counter)) // 2,
+        ssm_flops=ssm.flops,
+        activation_bytes=saved.total,
+    )
+
+
+def s4d_flops(batch_size: int, d_model: int, channels: int, pairs: int, length: int) -> int:
+    """Floating-point operations of an S4D convolution (B, D, L) -> (B, channels, L) with N/2 = pairs.
+
+    A real FFT of n = 2L points (zero-padded) counts 2.5 n log2 n, a complex product 6. Transforms: the
+    input's and the outputs', one kernel's for each channel. Kernels: a real matrix product over N states.
+    Its two tables of about sqrt(L) exponentials are left out.
+    """
+    n = 2 * length
+    transform = 2.5 * n * math.log2(n)
+    transforms = transform * (batch_size * (d_model + channels) + channels)
+    products = 6 * (n // 2 + 1) * batch_size * channels
+    kernels = 2 * channels * (2 * pairs) * length
+    return round(transforms) + products + kernels
+
+
+class _SSMCounter:
+    """The work of the S4D operator, which hides its FFTs and products from torch's counter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.flops = 0
+        self.mapping: dict[Any, Callable[..., int]] = {}
+        if hasattr(torch.ops.diffussm, "s4d_convolution"):
+            self.mapping[torch.ops.diffussm.s4d_convolution] = self._count
+            return
+        # Until S4D is one operator: count by layer, and take what torch saw of it out of the dense part.
+        for module in model.modules():
+            if hasattr(module, "log_A_real"):
+                module.register_forward_hook(self._count_layer)
+
+    def _count(self, u: Sequence[int], log_modulus: Sequence[int], *others: Any, **options: Any) -> int:
+        batch_size, d_model, length = u
+        flops = s4d_flops(batch_size, d_model, log_modulus[0], log_modulus[1], length)
+        self.flops += flops
+        return flops
+
+    def _count_layer(self, module: Any, arguments: tuple[Tensor], output: Tensor) -> None:
+        batch_size, length, d_model = arguments[0].shape
+        channels, pairs = module.log_A_real.shape
+        self.flops += s4d_flops(batch_size, d_model, channels, pairs, length)
+
+    def flops_within(self, counter: FlopCounterMode) -> int:
+        """What the counter's total holds of the SSM."""
+        if self.mapping:
+            return self.flops
+        by_module = counter.get_flop_counts()
+        return sum(sum(counts.values()) for name, counts in by_module.items() if name.endswith(".ssm"))
+
+
+class _SavedBytes:
+    """Bytes of the distinct storages that autograd saves."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._seen: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address is used twice
+
+    def ignore(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._seen[storage._cdata] = storage
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = storage
+            self.total += storage.nbytes()
+        return tensor
+
+
+def _fake_copy(model: nn.Module) -> nn.Module:
+    """The model with tensors that have shapes only; called within the fake mode."""
+    fakes: dict[int, Any] = {}
+    for parameter in model.parameters():
+        fakes[id(parameter)] = nn.Parameter(torch.empty(parameter.shape), requires_grad=True)
+    for buffer in model.buffers():
+        fakes[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return copy.deepcopy(model, fakes)
