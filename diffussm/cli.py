@@ -17,6 +17,7 @@ VERBS = {
     "sample": "draw images from a checkpoint",
     "evaluate": "measure a checkpoint: FID, sFID, IS, precision, recall",
     "complexity": "print parameters, multiply-accumulates, SSM work and activations of models",
+    "bench": "measure speed and memory against textbook S4D, attention, DiT and diffusers",
 }
 
 DESCRIPTIONS = {
@@ -65,6 +66,20 @@ DESCRIPTIONS = {
 
         GMAC: multiply-accumulates of dense layers and attention, which papers call Gflops. SSM GFLOP: FFTs,
         spectral products and kernels of the state-space layers. Activations: kept for backward, in fp32.""",
+    "bench": """\
+        Measure time and memory, forward and training step, in one process with alternating repetitions. Prints
+        a Markdown table with goals; writes bench.json and bench.md, after every result.
+
+          suites=[layer,block]          of layer, convolution, block, model, dit, sampling, gemm, xl
+          lengths=[256,1024,4096,16384] tokens
+          batch_size=4 hidden_size=384 d_state=64 depth=13
+          repetitions=9 seconds=10      at most, for every call
+          call_limit_seconds=120 memory_limit_gib=12
+                                        skip what is expected to need more
+          device=cuda                   adds bf16 (precision=), torch.compile (compile=) and the suite xl
+          out=DIR                       default: bench
+
+        Leave the machine alone while it runs. Goals are stated for the default sizes on a CPU.""",
 }
 
 

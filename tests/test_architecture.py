@@ -25,8 +25,9 @@ ALLOWED = {
     "compose": {"config", "runtime"},
     "build": {"compose", "config", "runtime", "models", "diffusion", "data", "training", "evaluation", "report"},
     "commands": {
-        "build", "compose", "config", "runtime", "training", "evaluation", "report", "models.complexity",
+        "build", "compose", "config", "runtime", "training", "evaluation", "report", "bench", "models.complexity",
     },
+    "bench": {"build", "models", "runtime"},
     "cli": {"commands", "runtime"},
     "__main__": {"cli"},
     "__init__": {"build"},
@@ -46,6 +47,13 @@ ALLOWED_WITHIN = {
         "loss": {"process", "schedule"},
         "guidance": {"process", "schedule"},
         "samplers": {"process", "schedule"},
+        "__init__": set(),
+    },
+    "bench": {
+        "timing": set(), "memory": set(), "baselines": set(),
+        "workload": {"memory", "timing"},
+        "suites": {"baselines", "workload"},
+        "report": {"suites", "timing", "workload"},
         "__init__": set(),
     },
     "runtime": {

@@ -100,6 +100,19 @@ BAD_INPUT = [
     (("complexity", "resolutions=[100]"), 2, "resolutions=[100]: needs at least one positive multiple of 8"),
     (("complexity", "model=diffussm_s", "resolutions=[24]"), 2, "resolutions=[24]: 3x3 latents have 9 tokens"),
     (("complexity", "model=diffussm_s", "model.d_state=7"), 2, "model.d_state=7"),
+    (("bench", "suites=[layers]"), 2, "suites=['layers']: choose from layer, convolution"),
+    (("bench", "suites=[]"), 2, "suites=[]: choose at least one"),
+    (("bench", "suites=[xl]"), 2, "suites=[xl]: its models are for a GPU: add device=cuda"),
+    (("bench", "lengths=[1000]"), 2, "lengths=[1000]: needs squares of even numbers"),
+    (("bench", "lengths=[]"), 2, "lengths=[]"),
+    (("bench", "hidden_size=100"), 2, "hidden_size=100: must be a positive multiple of 64"),
+    (("bench", "d_state=5"), 2, "d_state=5: must be even"),
+    (("bench", "repetitions=0"), 2, "repetitions=0: must be at least 1"),
+    (("bench", "seconds=0"), 2, "seconds=0.0: must be positive"),
+    (("bench", "memory_limit_gib=-1"), 2, "memory_limit_gib=-1.0: must be positive"),
+    (("bench", "precision=fp8"), 2, "precision=fp8: choose fp32, bf16"),
+    (("bench", "device=gpu"), 2, "device=gpu: choose auto, cpu, cuda"),
+    (("bench", "length=[256]"), 2, "length: no such key (did you mean lengths?)"),
 ]
 
 
@@ -129,6 +142,7 @@ def test_help_names_verbs_groups_and_exit_codes(capsys):
         (["train", "--help"], ["experiment=", "diffussm_xl", "image_folder", "75 stopped by a signal"]),
         (["sample", "--help"], ["checkpoint=PATH", "ddim ddpm"]),
         (["evaluate", "--help"], ["results.json", "digits none"]),
+        (["bench", "--help"], ["suites=", "device=cuda", "bench.json"]),
         (["complexity", "--help"], ["resolutions=", "diffussm_xl"]),
     ):
         with pytest.raises(SystemExit) as ended:

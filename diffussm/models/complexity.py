@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Complexity:
-    """Costs of one forward pass of one image.
+    """Costs of one forward pass, of one image unless said otherwise.
 
     parameters: learned numbers. macs: multiply-accumulates of the dense layers and of attention.
     ssm_flops: floating-point operations of the state-space convolutions, see `s4d_flops`.
@@ -40,22 +40,32 @@ class Complexity:
 def measure_complexity(model: nn.Module, latent_shape: Sequence[int]) -> Complexity:
     """The complexity of a denoiser on latents (C, H, W); a model on the meta device will do.
 
-    The model itself is neither run nor changed: its copy holds no memory. ValueError if the latents do not
-    fit the model.
+    ValueError if the latents do not fit the model.
+    """
+    with torch.device("meta"):
+        inputs = [torch.zeros(1, *latent_shape), torch.zeros(1, dtype=torch.long)]
+        if getattr(model, "num_classes", None) is not None:
+            inputs.append(torch.zeros(1, dtype=torch.long))
+    return measure_module(model, *inputs)
+
+
+def measure_module(module: nn.Module, *inputs: Tensor) -> Complexity:
+    """The complexity of any module for a whole batch of inputs of these shapes and types, in training mode.
+
+    The module itself is neither run nor changed: its copy holds no memory.
     """
     saved = _SavedBytes()
     with FakeTensorMode():
-        fake = _fake_copy(model).train()
+        fake = _fake_copy(module).train()
         for parameter in fake.parameters():
             saved.ignore(parameter)
         ssm = _SSMCounter(fake)
         counter = FlopCounterMode(display=False, custom_mapping=ssm.mapping)
-        x_t, t = torch.zeros(1, *latent_shape), torch.zeros(1, dtype=torch.long)
-        labels = () if getattr(model, "num_classes", None) is None else (torch.zeros(1, dtype=torch.long),)
+        fake_inputs = [torch.zeros(given.shape, dtype=given.dtype) for given in inputs]
         with counter, torch.autograd.graph.saved_tensors_hooks(saved.add, lambda kept: kept):
-            fake(x_t, t, *labels)
+            fake(*fake_inputs)
     return Complexity(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
         macs=(counter.get_total_flops() - ssm.flops_within(counter)) // 2,
         ssm_flops=ssm.flops,
         activation_bytes=saved.total,
