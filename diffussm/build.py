@@ -27,6 +27,7 @@ from diffussm.diffusion.samplers import Denoiser, Noise, Sampler
 from diffussm.diffusion.schedule import Schedule
 from diffussm.evaluation.evaluator import Evaluation
 from diffussm.evaluation.generate import Generator
+from diffussm.models import S4D
 from diffussm.report.grid import save_grid
 from diffussm.runtime.errors import ConfigError, RunDirectoryError, UserError
 from diffussm.runtime.run_dir import RunDirectory
@@ -80,8 +81,14 @@ class System:
         model, channels = self.config.model, self.latent_shape[0]
         if model.in_channels != channels:
             raise ConfigError(f"model.in_channels={model.in_channels}: the data gives {channels} channel(s)")
-        tokens, ratio = self.latent_shape[1] * self.latent_shape[2], model.get("hourglass_ratio")
-        if ratio and tokens % ratio:
+        _, height, width = self.latent_shape
+        patch, ratio = model.get("patch_size", 1), model.get("hourglass_ratio", 1)
+        if patch < 1 or ratio < 1:
+            return  # the model's constructor says so better
+        if height % patch or width % patch:
+            raise ConfigError(f"model.patch_size={patch}: does not divide the data's {height}x{width} latents")
+        tokens = height * width // patch**2
+        if tokens % ratio:
             raise ConfigError(f"model.hourglass_ratio={ratio}: does not divide the {tokens} tokens of the data")
 
     def generator(self, model: nn.Module, sampler_config: DictConfig, sampling: DictConfig) -> Generator:
@@ -171,6 +178,7 @@ def _periodic(system: System, run: RunDirectory, sample_every_images: int | None
     def draw_grid(model: nn.Module, images: int) -> Mapping[str, Any]:
         generator = system.generator(model, config.sampler, config.sampling)
         draw_samples(generator, run.samples / f"images-{images:012d}.png")
+        forget_spectra(model)
         return {}
 
     periodic = [Periodic("samples", sample_every_images, draw_grid)]
@@ -178,10 +186,19 @@ def _periodic(system: System, run: RunDirectory, sample_every_images: int | None
     if evaluation is not None and evaluation.every_images:
 
         def evaluate(model: nn.Module, images: int) -> Mapping[str, Any]:
-            return evaluation.run(system.generator(model, config.sampler, config.sampling))
+            metrics = evaluation.run(system.generator(model, config.sampler, config.sampling))
+            forget_spectra(model)
+            return metrics
 
         periodic.append(Periodic("evaluation", evaluation.every_images, evaluate))
     return periodic
+
+
+def forget_spectra(model: nn.Module) -> None:
+    """Free what frozen S4D layers keep for sampling, so that training has its memory back."""
+    for module in model.modules():
+        if isinstance(module, S4D):
+            module.forget_spectra()
 
 
 def draw_samples(generator: Generator, path: Path) -> None:

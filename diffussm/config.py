@@ -154,7 +154,8 @@ ROOTS = {
     "complexity": ComplexityConfig,
     "bench": BenchConfig,
 }
-FREE_WITHIN_GROUPS = ("data.path",)  # data may move; the names of its files are checked instead
+# Data may move (the names of its files are checked instead); checkpointing trades time for memory alone.
+FREE_WITHIN_GROUPS = ("data.path", "model.activation_checkpointing")
 
 
 def register() -> None:

@@ -36,7 +36,8 @@ ALLOWED = {
 ALLOWED_WITHIN = {
     "models": {
         "layers": set(),
-        "ssm": {"layers"},
+        "convolution": set(),
+        "ssm": {"layers", "convolution"},
         "diffussm": {"layers", "ssm"},
         "complexity": set(),
         "__init__": {"ssm", "diffussm"},

@@ -22,7 +22,6 @@ from diffussm.bench.baselines import Attention, DiffusersDiT, MatrixProduct, NoS
 from diffussm.bench.workload import Measurement, Phase, Setup, Skip, Subject, measure_group
 from diffussm.build import create_model
 from diffussm.models import S4D
-from diffussm.models.ssm import convolve
 
 GEMM, OWN_GEMM = "matrix product", "matrix product of a layer"
 GEMM_SIDE = 2048
@@ -146,9 +145,7 @@ class _Convolution(nn.Module):
         self.layer = layer
 
     def forward(self, u: Tensor) -> Tensor:
-        if isinstance(self.layer, TextbookS4D):
-            return self.layer.convolve(u)
-        return convolve(u, self.layer.kernel(u.shape[-1]))
+        return self.layer.convolve(u)
 
 
 def _convolution(setup: Setup, length: int) -> list[Subject]:

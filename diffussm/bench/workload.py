@@ -147,6 +147,7 @@ def _fake_call(subject: Subject, setup: Setup, phase: Phase) -> Callable[[], Non
     """The call on fake tensors of the CPU, in fp32: an upper bound for what other settings hold."""
     fake = replace(setup, device=torch.device("cpu"), precision="fp32", compile=False)
     workload = Workload(*subject.build(fake.device), fake)
+    workload.module.requires_grad_(True)  # frozen layers keep spectra by address, which fake tensors do not have
     return lambda: workload.run(phase)
 
 

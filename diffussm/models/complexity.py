@@ -55,18 +55,18 @@ def measure_module(module: nn.Module, *inputs: Tensor) -> Complexity:
     The module itself is neither run nor changed: its copy holds no memory.
     """
     saved = _SavedBytes()
-    with FakeTensorMode():
-        fake = _fake_copy(module).train()
-        for parameter in fake.parameters():
-            saved.ignore(parameter)
-        ssm = _SSMCounter(fake)
+    mode, ssm = FakeTensorMode(), _SSMCounter()
+    fake = _fake_copy(module, mode).train()
+    for parameter in fake.parameters():
+        saved.ignore(parameter)
+    with mode:
         counter = FlopCounterMode(display=False, custom_mapping=ssm.mapping)
         fake_inputs = [torch.zeros(given.shape, dtype=given.dtype) for given in inputs]
         with counter, torch.autograd.graph.saved_tensors_hooks(saved.add, lambda kept: kept):
             fake(*fake_inputs)
     return Complexity(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
-        macs=(counter.get_total_flops() - ssm.flops_within(counter)) // 2,
+        macs=counter.get_total_flops() // 2,
         ssm_flops=ssm.flops,
         activation_bytes=saved.total,
     )
@@ -90,34 +90,14 @@ def s4d_flops(batch_size: int, d_model: int, channels: int, pairs: int, length: 
 class _SSMCounter:
     """The work of the S4D operator, which hides its FFTs and products from torch's counter."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self.flops = 0
-        self.mapping: dict[Any, Callable[..., int]] = {}
-        if hasattr(torch.ops.diffussm, "s4d_convolution"):
-            self.mapping[torch.ops.diffussm.s4d_convolution] = self._count
-            return
-        # Until S4D is one operator: count by layer, and take what torch saw of it out of the dense part.
-        for module in model.modules():
-            if hasattr(module, "log_A_real"):
-                module.register_forward_hook(self._count_layer)
+        self.mapping: dict[Any, Callable[..., int]] = {torch.ops.diffussm.s4d_convolution: self._count}
 
     def _count(self, u: Sequence[int], log_modulus: Sequence[int], *others: Any, **options: Any) -> int:
         batch_size, d_model, length = u
-        flops = s4d_flops(batch_size, d_model, log_modulus[0], log_modulus[1], length)
-        self.flops += flops
-        return flops
-
-    def _count_layer(self, module: Any, arguments: tuple[Tensor], output: Tensor) -> None:
-        batch_size, length, d_model = arguments[0].shape
-        channels, pairs = module.log_A_real.shape
-        self.flops += s4d_flops(batch_size, d_model, channels, pairs, length)
-
-    def flops_within(self, counter: FlopCounterMode) -> int:
-        """What the counter's total holds of the SSM."""
-        if self.mapping:
-            return self.flops
-        by_module = counter.get_flop_counts()
-        return sum(sum(counts.values()) for name, counts in by_module.items() if name.endswith(".ssm"))
+        self.flops += s4d_flops(batch_size, d_model, log_modulus[0], log_modulus[1], length)
+        return 0  # counted here, not among the dense layers
 
 
 class _SavedBytes:
@@ -139,11 +119,12 @@ class _SavedBytes:
         return tensor
 
 
-def _fake_copy(model: nn.Module) -> nn.Module:
-    """The model with tensors that have shapes only; called within the fake mode."""
+def _fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The module with parameters and buffers that have shapes only."""
     fakes: dict[int, Any] = {}
-    for parameter in model.parameters():
-        fakes[id(parameter)] = nn.Parameter(torch.empty(parameter.shape), requires_grad=True)
-    for buffer in model.buffers():
-        fakes[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return copy.deepcopy(model, fakes)
+    with mode:
+        for parameter in module.parameters():
+            fakes[id(parameter)] = nn.Parameter(torch.empty(parameter.shape))
+        for buffer in module.buffers():
+            fakes[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return copy.deepcopy(module, fakes)  # outside the mode, which cannot copy real tensors that layers keep

@@ -1,18 +1,25 @@
 """DiffuSSM: a diffusion network that mixes tokens with bidirectional state-space models, not attention.
 
 After "Diffusion Models Without Attention" (Yan, Gu, Rush; CVPR 2024, arXiv 2311.18257), section 4 and
-figure 2. Latents are flattened row by row, so token l stands for one latent pixel. Only the dense layers
-work on the shortened sequence J = L / M; the state-space model always sees all L tokens.
+figure 2. Latents are flattened row by row, so token l stands for one latent pixel (or patch). Only the dense
+layers work on the shortened sequence J = L / M; the state-space model always sees all L tokens.
 
     DiffuSSM            embed -> N x DiffuSSMBlock -> FinalLayer
     DiffuSSMBlock       adaLN-Zero residual around  HourglassDense -> S4D -> HourglassFusion
+
+The paper's text and equations allow two readings. `figure`: the residual stream has L tokens, each block
+shortens it and lengthens it again by learned maps. `equation`: the stream itself has J tokens, M latent pixels
+each, and the gate is 2D wide. `figure` is nearer to the paper's parameter count.
 """
+
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
+from torch.utils.checkpoint import checkpoint
 
 from diffussm.models.layers import (
     DownScale,
@@ -21,8 +28,13 @@ from diffussm.models.layers import (
     UpScale,
     linear,
     modulate,
+    sincos_positions,
 )
 from diffussm.models.ssm import S4D, Discretization, Init
+
+Reading = Literal["figure", "equation"]
+TokenOrder = Literal["raster", "serpentine", "alternating"]
+Positions = Literal["none", "sincos"]
 
 
 class DiffuSSM(nn.Module):
@@ -33,10 +45,17 @@ class DiffuSSM(nn.Module):
         num_classes: classes y in 0..num_classes-1; None for an unconditional model, which takes no y.
         hidden_size: width D; divisible by `hourglass_ratio`.
         depth: number of blocks.
-        hourglass_ratio: M, by which the dense layers shorten the sequence; H * W must be divisible by it.
+        hourglass_ratio: M, by which the dense layers shorten the sequence; L must be divisible by it.
+        patch_size: side of the square of latent pixels that makes a token; the paper uses 1.
+        reading: of the paper's block, `figure` or `equation` (see the module).
+        bidirectional: whether each block also runs a state-space model from the last token to the first.
+        token_order: in which order the state-space models see the tokens: `raster`, row by row; `serpentine`,
+            every other row backwards; `alternating`, row by row and column by column in turn.
+        positions: add DiT's fixed `sincos` positions to the embedded tokens, or `none` as in the paper.
         class_dropout_prob: share of labels replaced by the null label in training, for guidance.
         learn_sigma: output 2C channels, the noise and the interpolation weight of its variance.
         d_state, init, discretization, dt_min, dt_max, learn_B: the state-space layers, see `S4D`.
+        activation_checkpointing: in training, keep only each block's input and compute the block twice.
     """
 
     def __init__(
@@ -46,6 +65,11 @@ class DiffuSSM(nn.Module):
         hidden_size: int = 1152,
         depth: int = 29,
         hourglass_ratio: int = 2,
+        patch_size: int = 1,
+        reading: Reading = "figure",
+        bidirectional: bool = True,
+        token_order: TokenOrder = "raster",
+        positions: Positions = "none",
         class_dropout_prob: float = 0.1,
         learn_sigma: bool = True,
         d_state: int = 64,
@@ -54,21 +78,35 @@ class DiffuSSM(nn.Module):
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         learn_B: bool = True,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if hourglass_ratio < 1:
-            raise ValueError(f"hourglass_ratio={hourglass_ratio}: must be at least 1")
-        if hidden_size % hourglass_ratio:
-            raise ValueError(f"hidden_size={hidden_size}: must be divisible by hourglass_ratio={hourglass_ratio}")
-        for name, value in (("hidden_size", hidden_size), ("depth", depth), ("in_channels", in_channels)):
+        counts = {"hidden_size": hidden_size, "depth": depth, "in_channels": in_channels}
+        for name, value in {**counts, "hourglass_ratio": hourglass_ratio, "patch_size": patch_size}.items():
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
+        if hidden_size % hourglass_ratio:
+            raise ValueError(f"hidden_size={hidden_size}: must be divisible by hourglass_ratio={hourglass_ratio}")
+        choices = (("reading", reading, Reading), ("token_order", token_order, TokenOrder))
+        for name, choice, known in (*choices, ("positions", positions, Positions)):
+            if choice not in get_args(known):
+                raise ValueError(f"{name}={choice}: choose {', '.join(get_args(known))}")
+        if positions == "sincos":
+            sincos_positions(hidden_size, 1, 1)  # refuses a width that it does not fit
         if num_classes is not None and num_classes < 1:
             raise ValueError(f"num_classes={num_classes}: must be at least 1, or null for an unconditional model")
         self.in_channels, self.num_classes, self.learn_sigma = in_channels, num_classes, learn_sigma
-        self.hourglass_ratio = hourglass_ratio
+        self.hourglass_ratio, self.patch_size, self.positions = hourglass_ratio, patch_size, positions
+        self.activation_checkpointing = activation_checkpointing
+        # how many tokens share one vector of the residual stream
+        self.group_size = hourglass_ratio if reading == "equation" else 1
+        if token_order == "alternating":
+            self.orders = [("raster", "columns")[index % 2] for index in range(depth)]
+        else:
+            self.orders = [token_order] * depth
 
-        self.x_embedder = linear(in_channels, hidden_size)
+        pixels = patch_size**2 * self.group_size
+        self.x_embedder = linear(in_channels * pixels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = (
             None if num_classes is None else LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
@@ -80,16 +118,18 @@ class DiffuSSM(nn.Module):
                 S4D(
                     hidden_size,
                     d_state,
+                    bidirectional=bidirectional,
                     init=init,
                     discretization=discretization,
                     dt_min=dt_min,
                     dt_max=dt_max,
                     learn_B=learn_B,
                 ),
+                reading,
             )
             for _ in range(depth)
         )
-        self.final_layer = FinalLayer(hidden_size, in_channels * (2 if learn_sigma else 1))
+        self.final_layer = FinalLayer(hidden_size, in_channels * (2 if learn_sigma else 1) * pixels)
 
     @property
     def null_label(self) -> int | None:
@@ -111,70 +151,123 @@ class DiffuSSM(nn.Module):
             drop_uniform: draws in [0, 1) that decide, in training mode only, which labels are dropped;
                 by default they come from torch's global generator.
         """
-        height, width = x_t.shape[-2:]
-        if height * width % self.hourglass_ratio:
-            raise ValueError(
-                f"{height}x{width} latents have {height * width} tokens, which hourglass_ratio="
-                f"{self.hourglass_ratio} does not divide"
-            )
+        height, width = self._grid(x_t)
         c = self.t_embedder(t)  # (B, D)
         if self.y_embedder is not None:
             c = c + self.y_embedder(y, len(x_t), drop_uniform)
         elif y is not None:
             raise ValueError("this model is unconditional (num_classes is null): call it without labels")
-        x = self.x_embedder(rearrange(x_t, "b c h w -> b (h w) c"))  # (B, L, D)
+        patches = {"p": self.patch_size, "q": self.patch_size}
+        x = rearrange(x_t, "b c (h p) (w q) -> b (h w) (p q c)", **patches)
+        x = self.x_embedder(rearrange(x, "b (j m) i -> b j (m i)", m=self.group_size))  # (B, L or J, D)
         x = x.to(x_t.dtype)  # the residual stream stays fp32 under autocast: it sums 29 small increments
-        for block in self.blocks:
-            x = block(x, c)
-        x = self.final_layer(x, c)  # (B, L, C_out)
-        return rearrange(x, "b (h w) c -> b c h w", h=height)
+        if self.positions == "sincos":
+            x = x + sincos_positions(x.shape[-1], height, width)[:: self.group_size].to(x)
+        orders = {name: _token_order(name, height, width, x.device) for name in set(self.orders)}
+        for block, order in zip(self.blocks, self.orders, strict=True):
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, orders[order], use_reentrant=False)
+            else:
+                x = block(x, c, orders[order])
+        x = self.final_layer(x, c)
+        x = rearrange(x, "b j (m o) -> b (j m) o", m=self.group_size)  # (B, L, C_out p p)
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=height, **patches)
+
+    def _grid(self, x_t: Tensor) -> tuple[int, int]:
+        """Rows and columns of tokens; ValueError if patch size or hourglass do not fit the latents."""
+        height, width = x_t.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"{height}x{width} latents: not divisible by patch_size={self.patch_size}")
+        height, width = height // self.patch_size, width // self.patch_size
+        if height * width % self.hourglass_ratio:
+            raise ValueError(
+                f"{x_t.shape[-2]}x{x_t.shape[-1]} latents have {height * width} tokens, which hourglass_ratio="
+                f"{self.hourglass_ratio} does not divide"
+            )
+        return height, width
+
+
+def _token_order(
+    name: str, height: int, width: int, device: torch.device
+) -> tuple[Int[Tensor, "L"], Int[Tensor, "L"]] | None:
+    """Which token of the raster comes at each place of the sequence, and the inverse; None for the raster."""
+    if name == "raster":
+        return None
+    raster = torch.arange(height * width, device=device).view(height, width)
+    if name == "columns":
+        places = raster.T.flatten()
+    else:
+        even = torch.arange(height, device=device)[:, None] % 2 == 0
+        places = torch.where(even, raster, raster.flip(1)).flatten()
+    return places, places.argsort()
 
 
 class DiffuSSMBlock(nn.Module):
     """x + alpha * Fusion(h, SSM(Dense(h))) with h = LayerNorm(x) (1 + gamma) + beta (figure 2b)."""
 
-    def __init__(self, hidden_size: int, hourglass_ratio: int, ssm: S4D) -> None:
+    def __init__(self, hidden_size: int, hourglass_ratio: int, ssm: S4D, reading: Reading = "figure") -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.adaLN_modulation = linear(hidden_size, 3 * hidden_size, zero=True)
-        self.dense = HourglassDense(hidden_size, hourglass_ratio)
+        self.dense = HourglassDense(hidden_size, hourglass_ratio, reading)
         self.ssm = ssm
-        self.fusion = HourglassFusion(hidden_size, hourglass_ratio)
+        ssm_features = hidden_size * (2 if ssm.bidirectional else 1)
+        self.fusion = HourglassFusion(hidden_size, hourglass_ratio, ssm_features, reading)
 
-    def forward(self, x: Float[Tensor, "B L D"], c: Float[Tensor, "B D"]) -> Float[Tensor, "B L D"]:
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        c: Float[Tensor, "B D"],
+        order: tuple[Int[Tensor, "L"], Int[Tensor, "L"]] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """T is L, or J in the `equation` reading; `order` is the places of tokens for the SSM, and back."""
         gamma, beta, alpha = self.adaLN_modulation(silu(c)).chunk(3, dim=-1)
         h = modulate(self.norm(x), scale=gamma, shift=beta)
         shortened, u = self.dense(h)  # (B, J, D), (B, L, D)
-        y = self.ssm(u)  # (B, L, 2D)
+        if order is None:
+            y = self.ssm(u)  # (B, L, 2D)
+        else:
+            places, back = order
+            y = self.ssm(u[:, places])[:, back]
         return x + alpha[:, None] * self.fusion(shortened, y)
 
 
 class HourglassDense(nn.Module):
-    """I_j = concat_k Wx_k h_{Mj+k} and U_l = s(W_k^up s(W^0 I_j)); returns (I, U), at J and L tokens."""
+    """I_j and U_l = s(W_k^up s(W^0 I_j)); returns (I, U), at J and L tokens.
 
-    def __init__(self, hidden_size: int, hourglass_ratio: int) -> None:
+    I_j = concat_k Wx_k h_{Mj+k} in the `figure` reading, I = h in the `equation` reading.
+    """
+
+    def __init__(self, hidden_size: int, hourglass_ratio: int, reading: Reading) -> None:
         super().__init__()
-        self.down = DownScale(hourglass_ratio, hidden_size, hidden_size // hourglass_ratio)
-        self.mlp = linear(hidden_size, hidden_size)
+        down = DownScale(hourglass_ratio, hidden_size, hidden_size // hourglass_ratio)
+        self.down = down if reading == "figure" else nn.Identity()
+        self.mlp = linear(hidden_size, hidden_size)  # W^0
         self.up = UpScale(hourglass_ratio, hidden_size, hidden_size)
 
-    def forward(self, h: Float[Tensor, "B L D"]) -> tuple[Float[Tensor, "B J D"], Float[Tensor, "B L D"]]:
+    def forward(self, h: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B J D"], Float[Tensor, "B L D"]]:
         shortened = self.down(h)
         return shortened, gelu(self.up(gelu(self.mlp(shortened))))
 
 
 class HourglassFusion(nn.Module):
-    """I'_j = concat_k s(W_k^down Y_{Mj+k}), O_j = W^3 (s(W^2 I'_j) * s(W^1 I_j)), o_l = W_k^out O_j."""
+    """I'_j = concat_k s(W_k^down Y_{Mj+k}), O_j = W^3 (s(W^2 I'_j) * s(W^1 I_j)).
 
-    def __init__(self, hidden_size: int, hourglass_ratio: int) -> None:
+    The `figure` reading gates at width D and ends with o_l = W_k^out O_j at L tokens; `equation` gates at
+    width 2D and ends with O at J tokens. Y has `ssm_features` (2D if bidirectional) features.
+    """
+
+    def __init__(self, hidden_size: int, hourglass_ratio: int, ssm_features: int, reading: Reading) -> None:
         super().__init__()
-        self.down = DownScale(hourglass_ratio, 2 * hidden_size, 2 * hidden_size // hourglass_ratio)
-        self.gate = linear(hidden_size, hidden_size)  # W^1
-        self.value = linear(2 * hidden_size, hidden_size)  # W^2
-        self.out = linear(hidden_size, hidden_size)  # W^3
-        self.up = UpScale(hourglass_ratio, hidden_size, hidden_size)
+        is_figure = reading == "figure"
+        gate_size = hidden_size if is_figure else 2 * hidden_size
+        self.down = DownScale(hourglass_ratio, ssm_features, ssm_features // hourglass_ratio)
+        self.gate = linear(hidden_size, gate_size)  # W^1
+        self.value = linear(ssm_features, gate_size)  # W^2
+        self.out = linear(gate_size, hidden_size)  # W^3
+        self.up = UpScale(hourglass_ratio, hidden_size, hidden_size) if is_figure else nn.Identity()
 
-    def forward(self, shortened: Float[Tensor, "B J D"], y: Float[Tensor, "B L D2"]) -> Float[Tensor, "B L D"]:
+    def forward(self, shortened: Float[Tensor, "B J D"], y: Float[Tensor, "B L D_y"]) -> Float[Tensor, "B T D"]:
         value = self.value(gelu(self.down(y)))
         return self.up(self.out(gelu(value) * gelu(self.gate(shortened))))
 

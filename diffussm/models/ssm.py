@@ -3,23 +3,31 @@
     x'(s) = A x(s) + B u(s),   y(s) = 2 Re(C x(s)) + D u(s)          A diagonal, Re A < 0
 
 discretised with step dt to x_l = Abar x_{l-1} + Bbar u_l, whose impulse response is the kernel
-K_l = 2 Re(sum_n C_n Bbar_n Abar_n^l). `S4D` is the layer; below it stand the initial state matrices,
-the discretisation, the kernel and the convolution, in the order in which a forward pass needs them.
+K_l = 2 Re(sum_n C_n Bbar_n Abar_n^l). `S4D` is the layer in its two equal views, convolution and recurrence;
+below it stand the initial state matrices and the discretisation. The convolution itself is in `convolution`.
 
-Complex numbers are kept as pairs of reals: parameters survive every optimiser and checkpoint format,
-and all heavy work (`_kernel`) is a real matrix product.
+Complex parameters are kept as pairs of reals, so that they survive every optimiser and checkpoint format.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
+from diffussm.models.convolution import (
+    Discrete,
+    Pair,
+    convolve_spectra,
+    make_kernel,
+    make_spectra,
+    multiply,
+    s4d_convolution,
+)
 from diffussm.models.layers import tag
 
+Direction = Literal["forward", "backward"]
 Init = Literal["lin", "inv", "legs"]
 Discretization = Literal["zoh", "bilinear"]
 
@@ -57,6 +65,7 @@ class S4D(nn.Module):
         if discretization not in ("zoh", "bilinear"):
             raise ValueError(f"discretization={discretization!r}: choose zoh or bilinear")
         self.d_model, self.bidirectional, self.discretization = d_model, bidirectional, discretization
+        self._spectra: tuple[object, Tensor] | None = None
         channels, pairs = d_model * (2 if bidirectional else 1), d_state // 2
 
         log_dt = torch.empty(channels).uniform_(math.log(dt_min), math.log(dt_max))
@@ -69,47 +78,92 @@ class S4D(nn.Module):
         self.D = tag(nn.Parameter(torch.ones(channels)), "no_decay")
 
     def forward(self, u: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D_out"]:
-        # An fp32 island: FFTs have no bf16, and half-precision kernels lose the long memory that dt of
-        # 1e-3 stands for. CUDA autocast, unlike the CPU's, does not protect FFTs by itself.
-        with torch.autocast(u.device.type, enabled=False):
-            kernel = self.kernel(u.shape[1])
-            x = rearrange(u, "b l d -> b d l").to(kernel.dtype)
-            y = convolve(x, kernel)
-        return rearrange(y, "b d l -> b l d").to(u.dtype)
+        return self.convolve(u.transpose(1, 2)).transpose(1, 2)
+
+    def convolve(self, u: Float[Tensor, "B D L"]) -> Float[Tensor, "B channels L"]:
+        """The layer in channel-major layout, as `forward` computes it.
+
+        An fp32 island, whatever autocast says: FFTs have no bf16, and half-precision kernels lose the long
+        memory that dt of 1e-3 stands for. Once the layer is frozen (no parameter requires a gradient, eval
+        mode, gradients off), the kernels' spectra are kept from call to call until a parameter changes. Only
+        writing through `parameter.data[...]` escapes notice.
+        """
+        frozen = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
+        if frozen and not any(parameter.requires_grad for parameter in self.parameters()):
+            spectra = self._frozen_spectra(u)
+            return convolve_spectra(u, spectra)
+        if not torch.compiler.is_compiling():
+            self.forget_spectra()  # training goes on: fused optimisers change parameters without a trace
+        return s4d_convolution(u, *self.discretize())
 
     def kernel(self, length: int) -> Float[Tensor, "channels L"]:
         """The impulse responses K_0..K_{L-1} of every channel, fp32 (float64 if the parameters are).
 
-        K_0 includes the skip D, which is an impulse response at lag 0 like any other.
+        K_0 includes the skip D, which is an impulse response at lag 0 like any other. Without gradients.
         """
-        kernel = _kernel(self.discretize(), length, torch.promote_types(self.C.dtype, torch.float32))
-        return torch.cat([kernel[:, :1] + self.D[:, None], kernel[:, 1:]], dim=1)
+        with torch.no_grad(), torch.autocast(self.C.device.type, enabled=False):
+            return make_kernel(self.discretize(), length, torch.promote_types(self.C.dtype, torch.float32))
 
-    def discretize(self) -> "Discrete":
-        """Abar (as a logarithm) and C Bbar by zero-order hold or the bilinear rule, in float64."""
+    def recurrence(self, u: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D_out"]:
+        """The same map by the state equation, one position after the other: slow, for tests and insight."""
+        y = [self._scan(u, "forward")]
+        if self.bidirectional:
+            y.append(self._scan(u.flip(1), "backward").flip(1))
+        return torch.cat(y, dim=-1)
+
+    def _scan(self, u: Tensor, direction: Direction) -> Tensor:
+        state, outputs = self.initial_state(len(u), u.dtype), []
+        for u_l in u.unbind(1):
+            y_l, state = self.step(state, u_l, direction)
+            outputs.append(y_l)
+        return torch.stack(outputs, dim=1)
+
+    def initial_state(self, batch_size: int, dtype: torch.dtype = torch.float32) -> Complex[Tensor, "B D pairs"]:
+        """The state x before the first position: zero."""
+        shape = batch_size, self.d_model, self.A_imag.shape[1]
+        return torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=self.C.device) * 1j
+
+    def step(
+        self, state: Complex[Tensor, "B D pairs"], u: Float[Tensor, "B D"], direction: Direction = "forward"
+    ) -> tuple[Float[Tensor, "B D"], Complex[Tensor, "B D pairs"]]:
+        """One position: x_l = Abar x_{l-1} + u_l, y_l = 2 Re(C Bbar x_l) + D u_l; returns (y_l, x_l).
+
+        The state is that of the system with Bbar = 1 (C carries it). `direction="backward"` steps the
+        second half of a bidirectional layer, which is to be fed from the end of the sequence.
+        """
+        if direction == "backward" and not self.bidirectional:
+            raise ValueError("direction=backward: this layer is unidirectional")
+        start = self.d_model if direction == "backward" else 0
+        mine = Discrete(*(part[start : start + self.d_model] for part in self.discretize()))
+        Abar = torch.polar(mine.log_modulus.exp(), mine.angle).to(state.dtype)
+        weight = torch.complex(mine.weight_real, mine.weight_imag).to(state.dtype)
+        state = Abar * state + u[..., None]
+        return (2 * (weight * state).sum(-1).real + mine.skip * u).to(u.dtype), state
+
+    def discretize(self) -> Discrete:
+        """Abar (as a logarithm) and C Bbar by zero-order hold or the bilinear rule, in float64, and D."""
         # float64 costs nothing at (channels, N/2) and makes the kernel exact for long sequences.
         dt = self.log_dt.double().exp()[:, None]
         A_real, A_imag = -self.log_A_real.double().exp(), self.A_imag.double()
         log_modulus, angle, gain = _discretize(A_real, A_imag, dt, self.discretization)
-        C = _Complex(*self.C.double().unbind(-1))
-        weight = _multiply(C, gain)
+        weight = multiply(Pair(*self.C.double().unbind(-1)), gain)
         if self.B is not None:
-            weight = _multiply(weight, _Complex(*self.B.double().unbind(-1)))
-        return Discrete(log_modulus, angle, *weight)
+            weight = multiply(weight, Pair(*self.B.double().unbind(-1)))
+        return Discrete(log_modulus, angle, *weight, self.D)
 
+    def forget_spectra(self) -> None:
+        """Give back the memory of spectra that a frozen layer keeps."""
+        self._spectra = None
 
-class _Complex(NamedTuple):
-    real: Tensor
-    imag: Tensor
-
-
-class Discrete(NamedTuple):
-    """Abar = exp(log_modulus + i angle) and weight = C Bbar, each (channels, N/2)."""
-
-    log_modulus: Tensor
-    angle: Tensor
-    weight_real: Tensor
-    weight_imag: Tensor
+    def _frozen_spectra(self, u: Tensor) -> Tensor:
+        length, dtype = u.shape[-1], torch.promote_types(u.dtype, torch.float32)
+        # In-place changes raise a tensor's version, replacements change its address.
+        versions = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        key = length, dtype, u.device, self.discretization, versions
+        if self._spectra is None or self._spectra[0] != key:
+            with torch.autocast(u.device.type, enabled=False):
+                self._spectra = key, make_spectra(self.discretize(), self.d_model, length, dtype)
+        return self._spectra[1]
 
 
 def initial_A_imag(init: Init, d_state: int) -> Float[Tensor, "pairs"]:
@@ -130,63 +184,17 @@ def initial_A_imag(init: Init, d_state: int) -> Float[Tensor, "pairs"]:
     return imag.float()
 
 
-def _discretize(
-    A_real: Tensor, A_imag: Tensor, dt: Tensor, rule: Discretization
-) -> tuple[Tensor, Tensor, _Complex]:
+def _discretize(A_real: Tensor, A_imag: Tensor, dt: Tensor, rule: Discretization) -> tuple[Tensor, Tensor, Pair]:
     """log|Abar|, arg Abar and Bbar / B."""
     x, y = dt * A_real, dt * A_imag
     if rule == "zoh":  # Abar = exp(dt A), Bbar = (Abar - 1) / A B
         # exp(x) cos(y) - 1 without cancellation for small x and y
-        numerator = _Complex(torch.expm1(x) * y.cos() - 2 * (y / 2).sin().square(), x.exp() * y.sin())
+        numerator = Pair(torch.expm1(x) * y.cos() - 2 * (y / 2).sin().square(), x.exp() * y.sin())
         norm = A_real.square() + A_imag.square()
-        inverse_A = _Complex(A_real / norm, -A_imag / norm)
-        return x, y, _multiply(numerator, inverse_A)
+        inverse_A = Pair(A_real / norm, -A_imag / norm)
+        return x, y, multiply(numerator, inverse_A)
     # bilinear: Abar = (1 + z/2) / (1 - z/2), Bbar = dt / (1 - z/2) B, with z = dt A
     norm = (1 - x / 2).square() + (y / 2).square()
     modulus_squared_minus_one = (2 * x / norm).clamp_min(-1 + 1e-12)  # Abar = 0 has no logarithm
     angle = torch.atan2(y / 2, 1 + x / 2) + torch.atan2(y / 2, 1 - x / 2)
-    return modulus_squared_minus_one.log1p() / 2, angle, _Complex(dt * (1 - x / 2) / norm, dt * y / 2 / norm)
-
-
-def _kernel(discrete: Discrete, length: int, dtype: torch.dtype) -> Float[Tensor, "channels L"]:
-    """K_l = 2 Re(weight Abar^l) by splitting l = a P + b, so that Abar^l = Abar^(aP) Abar^b.
-
-    Two tables of about sqrt(L) powers and one real matrix product replace L complex exponentials.
-    """
-    P = math.ceil(math.sqrt(length))
-    Q = math.ceil(length / P)
-    device = discrete.angle.device
-    fine = _powers(discrete, torch.arange(P, device=device), dtype)
-    coarse = _powers(discrete, P * torch.arange(Q, device=device), dtype)
-    weight = _Complex(*(part[..., None].to(dtype) for part in (discrete.weight_real, discrete.weight_imag)))
-    left = _multiply(weight, coarse)
-    rows = torch.cat([left.real, -left.imag], dim=1).transpose(1, 2)  # (channels, Q, N)
-    columns = torch.cat([fine.real, fine.imag], dim=1)  # (channels, N, P)
-    return 2 * (rows @ columns).flatten(1)[:, :length]
-
-
-def _powers(discrete: Discrete, exponents: Tensor, dtype: torch.dtype) -> _Complex:
-    """Abar^l for every l in `exponents`: (channels, N/2, len(exponents))."""
-    radius = (discrete.log_modulus[..., None] * exponents).to(dtype).exp()
-    # Phases reach thousands of turns: reduced in float64, they survive the cast.
-    phase = torch.remainder(discrete.angle[..., None] * exponents, 2 * math.pi).to(dtype)
-    return _Complex(radius * phase.cos(), radius * phase.sin())
-
-
-def _multiply(a: _Complex, b: _Complex) -> _Complex:
-    return _Complex(a.real * b.real - a.imag * b.imag, a.real * b.imag + a.imag * b.real)
-
-
-def convolve(u: Float[Tensor, "B D L"], kernel: Float[Tensor, "channels L"]) -> Float[Tensor, "B channels L"]:
-    """Causal convolution with the first D kernels; anticausal with the next D, if there are 2D.
-
-        y_l = sum_{s <= l} K_{l-s} u_s           and           y_l = sum_{s >= l} K_{s-l} u_s
-
-    The second is a correlation: the conjugate spectrum. Both share one transform of the input.
-    """
-    d_model, length = u.shape[1], u.shape[2]
-    n = 2 * length  # zero padding: circular products must not wrap around
-    spectrum = torch.fft.rfft(kernel, n=n)
-    transfer = torch.cat([spectrum[:d_model], spectrum[d_model:].conj()]).unflatten(0, (-1, d_model))
-    y = torch.fft.irfft(torch.fft.rfft(u, n=n)[:, None] * transfer, n=n)[..., :length]
-    return y.flatten(1, 2)
+    return modulus_squared_minus_one.log1p() / 2, angle, Pair(dt * (1 - x / 2) / norm, dt * y / 2 / norm)

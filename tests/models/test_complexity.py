@@ -129,6 +129,15 @@ def test_measuring_leaves_the_model_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_frozen_model_that_was_used_costs_the_same():
+    model = DiffuSSM(**SMALL)
+    expected = measure_complexity(model, (4, 8, 8))
+    model.eval().requires_grad_(False)
+    with torch.no_grad():
+        model(torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.tensor([2]))
+    assert measure_complexity(model, (4, 8, 8)) == expected
+
+
 def test_latents_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="hourglass_ratio=2"):
         measure_complexity(DiffuSSM(**SMALL), (4, 3, 3))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffussm.models import S4D
+from diffussm.models import S4D, convolution, ssm
 from diffussm.models.ssm import initial_A_imag
+from diffussm.training.ema import ModelAverages
 
 GRADIENT_NAMES = ("log_dt", "log_A_real", "A_imag", "B", "C", "D")
 
@@ -77,15 +78,46 @@ def test_equals_the_recurrence_in_values_and_gradients(discretization, init, bid
             assert relative_error(getattr(layer, name).grad, getattr(exact, name).grad) < 1e-4, name
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 64, 1000, 1024])
-def test_is_exact_at_any_length(length):
+@pytest.mark.parametrize("length", [1, 2, 3, 64, 1000, 1024, 4096, 16384])
+def test_is_exact_at_any_length_in_values_and_gradients(length):
     torch.manual_seed(length)
-    layer = S4D(2)
-    exact = S4D(2).double()
+    layer = S4D(1, d_state=64)
+    exact = S4D(1).double()
     exact.load_state_dict(layer.state_dict())
-    u = torch.randn(1, length, 2)
+    u = torch.randn(1, length, 1, requires_grad=True)
+    u_exact = u.detach().double().requires_grad_()
+    y, expected = layer(u), recurrence(exact, u_exact)
+    weight = torch.randn(expected.shape, dtype=torch.float64)
+    (y * weight.float()).sum().backward()
+    (expected * weight).sum().backward()
+    assert relative_error(y, expected) < 1e-5
+    assert relative_error(u.grad, u_exact.grad) < 1e-4
+    for name in GRADIENT_NAMES:
+        mine, theirs = getattr(layer, name).grad, getattr(exact, name).grad
+        assert relative_error(mine, theirs) < 1e-4, name
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_its_own_recurrence_and_steps_equal_the_convolution(bidirectional):
+    torch.manual_seed(0)
+    layer = perturbed(bidirectional=bidirectional)
+    u = torch.randn(2, 40, 3)
     with torch.no_grad():
-        assert relative_error(layer(u), recurrence(exact, u.double())) < 1e-5
+        y = layer(u)
+        assert relative_error(layer.recurrence(u), y) < 1e-5
+        state = layer.initial_state(2)
+        for position in range(40):
+            y_l, state = layer.step(state, u[:, position])
+            assert torch.allclose(y_l, y[:, position, :3], atol=1e-4)
+    if not bidirectional:
+        with pytest.raises(ValueError, match="unidirectional"):
+            layer.step(state, u[:, 0], "backward")
+
+
+def test_channel_major_layout_is_the_same_map():
+    torch.manual_seed(0)
+    layer, u = S4D(3), torch.randn(2, 20, 3)
+    assert torch.equal(layer.convolve(u.transpose(1, 2).contiguous()).transpose(1, 2), layer(u))
 
 
 def test_float64_agrees_to_rounding():
@@ -132,6 +164,104 @@ def test_autocast_leaves_kernel_and_convolution_in_fp32(dtype):
         y = layer(u)
         assert layer(u.to(dtype)).dtype == dtype
     assert torch.equal(y, layer(u))
+
+
+def frozen(layer: S4D) -> S4D:
+    return layer.requires_grad_(False).eval()
+
+
+def test_a_frozen_layer_makes_its_spectra_once_and_gives_the_same_result(monkeypatch):
+    torch.manual_seed(0)
+    layer, u = S4D(3), torch.randn(2, 20, 3)
+    made = []
+    make = ssm.make_spectra
+    monkeypatch.setattr(ssm, "make_spectra", lambda *arguments: made.append(1) or make(*arguments))
+    expected = layer(u).detach()
+    frozen(layer)
+    with torch.no_grad():
+        assert torch.allclose(layer(u), expected, atol=1e-6) and torch.equal(layer(u), layer(u))
+        assert len(made) == 1
+        layer(u[:, :10])
+        layer.forget_spectra()
+        assert layer._spectra is None
+    layer.train()
+    assert torch.equal(layer(u), expected) and len(made) == 2
+
+
+@pytest.mark.parametrize("change", ["in place", "optimizer", "load", "double", "replace", "data", "ema"])
+def test_frozen_spectra_follow_every_change_of_the_parameters(change):
+    torch.manual_seed(0)
+    layer, other, u = S4D(3), S4D(3), torch.randn(2, 20, 3)
+    frozen(layer)
+    with torch.no_grad():
+        layer(u)
+        if change == "in place":
+            layer.C.mul_(2)
+        elif change == "load":
+            layer.load_state_dict(other.state_dict())
+        elif change == "double":
+            layer.double()
+        elif change == "replace":
+            layer.D = torch.nn.Parameter(layer.D + 1, requires_grad=False)
+        elif change == "data":
+            layer.D.data = layer.D + 1
+    if change == "ema":
+        average = ModelAverages(layer, [0.5])
+        layer = average.first
+        average.update(layer)
+        with torch.no_grad():
+            layer(u)
+        average.update(other)
+    if change == "optimizer":
+        layer.requires_grad_(True)
+        layer(u).square().sum().backward()
+        torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step()
+        frozen(layer)
+    with torch.no_grad():
+        assert torch.allclose(layer(u), layer.recurrence(u), atol=1e-4)
+
+
+def test_saves_nothing_but_its_inputs_for_the_backward_pass():
+    layer = S4D(16, d_state=8)
+    u = torch.randn(4, 512, 16, requires_grad=True)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        layer(u)
+    assert max(sizes) == u.numel() and sum(sizes) < 1.2 * u.numel()
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_portions_of_channels_do_not_change_the_result(monkeypatch, bidirectional):
+    torch.manual_seed(0)
+    results = []
+    layer, u = S4D(7, bidirectional=bidirectional), torch.randn(2, 33, 7, requires_grad=True)
+    for budget in (1 << 30, 3 * 2 * 72 * 4):
+        monkeypatch.setattr(convolution, "CPU_PORTION", budget)
+        y = layer(u)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [u, *layer.parameters()])])
+    for whole, in_portions in zip(*results, strict=True):
+        assert relative_error(in_portions, whole) < 1e-5
+
+
+def test_transforms_are_long_enough_cheap_and_minimal():
+    for length in (1, 2, 3, 7, 64, 1000, 1021, 4096):
+        n = convolution.padded_length(length)
+        rest = n
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        assert rest == 1 and n % 2 == 0 and 2 * length - 1 <= n <= max(2, 2.3 * length)
+    assert convolution.padded_length(1024) == 2048 and convolution.padded_length(1021) == 2048
+
+
+def test_the_operator_keeps_the_rules_of_torch_library():
+    torch.manual_seed(0)
+    layer = S4D(2, d_state=4)
+    u = torch.randn(2, 2, 12, requires_grad=True)
+    inputs = (u, *(part.detach().requires_grad_() for part in layer.discretize()))
+    torch.library.opcheck(convolution.s4d_convolution, inputs)
+    double = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(convolution.s4d_convolution, double)
 
 
 def test_initial_states_are_the_published_ones():
