@@ -10,8 +10,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import OutOfMemoryError, StorageError, UserError
-from diffussm.runtime.memory import keep_freed_memory
 
 VERBS = {
     "train": "train a model; the same command continues an interrupted run",
@@ -19,6 +19,8 @@ VERBS = {
     "evaluate": "measure a checkpoint: FID, sFID, IS, precision, recall",
     "import": "make a run directory from public DiT weights",
     "export": "write a checkpoint's weights for other programs",
+    "complexity": "print parameters, multiply-accumulates, SSM work and activations of models",
+    "bench": "measure speed and memory against textbook S4D, attention, DiT and diffusers",
 }
 MODULES = {"import": "import_weights"}  # where the verb is no name for a module
 
@@ -80,6 +82,29 @@ DESCRIPTIONS = {
                                         slightly, for its timestep sinusoid has other frequencies
           weights=ema                   ema, ema_<decay> or model
           out=PATH                      default: under export/ of the run""",
+    "complexity": """\
+        Print what models cost on paper, per image of one forward pass. Nothing is computed.
+
+          model=NAME                    one model; default: every preset
+          model.hidden_size=512         any parameter of it
+          resolutions=[256,512,1024]    of images, in pixels; their latents are an eighth of that
+
+        GMAC: multiply-accumulates of dense layers and attention, which papers call Gflops. SSM GFLOP: FFTs,
+        spectral products and kernels of the state-space layers. Activations: kept for backward, in fp32.""",
+    "bench": """\
+        Measure time and memory, forward and training step, in one process with alternating repetitions. Prints
+        a Markdown table with goals; writes bench.json and bench.md, after every result.
+
+          suites=[layer,block]          of layer, convolution, block, model, dit, sampling, gemm, xl
+          lengths=[256,1024,4096,16384] tokens
+          batch_size=4 hidden_size=384 d_state=64 depth=13
+          repetitions=9 seconds=10      at most, for every call
+          call_limit_seconds=120 memory_limit_gib=12
+                                        skip what is expected to need more
+          device=cuda                   adds bf16 (precision=), torch.compile (compile=) and the suite xl
+          out=DIR                       default: bench
+
+        Leave the machine alone while it runs. Goals are stated for the default sizes on a CPU.""",
 }
 
 

@@ -136,12 +136,43 @@ class ExportConfig:
     out: str | None = free(None)  # null: export/<...> in the run directory
 
 
+@dataclass
+class ComplexityConfig:
+    """`diffussm complexity`."""
+
+    model: Any = free(None)  # null: every preset but the tiny ones
+    resolutions: list[int] = free([256, 512, 1024])  # of images, in pixels; latents are an eighth of it
+
+
+@dataclass
+class BenchConfig:
+    """`diffussm bench`."""
+
+    suites: list[str] | None = free(None)  # of BENCH_SUITES; null: all, xl on a GPU only
+    lengths: list[int] = free([256, 1024, 4096, 16384])  # tokens; squares of even numbers
+    batch_size: int = free(4)
+    hidden_size: int = free(384)  # a multiple of 64, the width of an attention head
+    d_state: int = free(64)
+    depth: int = free(13)  # blocks of the DiffuSSM models; DiT has one less
+    repetitions: int = free(9)  # of every call, at most
+    seconds: float = free(10.0)  # for the repetitions of one call, at most; one is always made
+    call_limit_seconds: float = free(120.0)  # skip calls that may take longer, judged by the length before
+    memory_limit_gib: float | None = free(None)  # skip calls that need more; null: 12, or 90 % of a GPU's
+    device: str = free("cpu")
+    precision: str | None = free(None)  # fp32 or bf16 (autocast); null: bf16 on a GPU
+    compile: bool | None = free(None)  # torch.compile; null: on a GPU
+    out: str = free("bench")  # directory of bench.json and bench.md
+
+
+BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl")
 ROOTS = {
     "train": TrainConfig,
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
     "import": ImportConfig,
     "export": ExportConfig,
+    "complexity": ComplexityConfig,
+    "bench": BenchConfig,
 }
 # Data may move (the names of its files are checked instead); checkpointing trades time for memory alone.
 FREE_WITHIN_GROUPS = ("data.path", "model.activation_checkpointing")
@@ -172,6 +203,11 @@ def validate(config: DictConfig) -> None:
         _require_choice(config, "layout", ("official", "diffusers"))
     if "sampling" in config:
         _validate_sampling(config)
+    if "suites" in config:
+        _validate_bench(config)
+    if "resolutions" in config:
+        fit = len(config.resolutions) > 0 and all(side > 0 and side % 8 == 0 for side in config.resolutions)
+        _require(config, "resolutions", fit, "needs at least one positive multiple of 8")
     if config.get("evaluation"):
         every = config.evaluation.get("every_images")
         if every is not None:
@@ -194,6 +230,26 @@ def _validate_sampling(config: DictConfig) -> None:
     _require_choice(config, "sampling.precision", ("fp32", "bf16", "fp16"))
     is_weights = sampling.weights in ("ema", "model") or sampling.weights.startswith("ema_")
     _require(config, "sampling.weights", is_weights, "choose ema, ema_<decay> or model")
+
+
+def _validate_bench(config: DictConfig) -> None:
+    for name in config.suites or []:
+        close = nearest(name, BENCH_SUITES)
+        _require(config, "suites", name in BENCH_SUITES, f"choose from {', '.join(BENCH_SUITES)}{close}")
+    _require(config, "suites", config.suites != [], "choose at least one, or null for all")
+    are_grids = len(config.lengths) > 0 and all(
+        length > 0 and math.isqrt(length) ** 2 == length and length % 4 == 0 for length in config.lengths
+    )
+    _require(config, "lengths", are_grids, "needs squares of even numbers, such as 256, 1024, 4096")
+    for key in ("batch_size", "repetitions", "depth"):
+        _require(config, key, config[key] >= 1, "must be at least 1")
+    is_width = config.hidden_size > 0 and config.hidden_size % 64 == 0
+    _require(config, "hidden_size", is_width, "must be a positive multiple of 64, the width of an attention head")
+    _require(config, "d_state", config.d_state >= 2 and config.d_state % 2 == 0, "must be even and at least 2")
+    for key in ("seconds", "call_limit_seconds", "memory_limit_gib"):
+        _require(config, key, config[key] is None or config[key] > 0, "must be positive")
+    if config.precision is not None:
+        _require_choice(config, "precision", ("fp32", "bf16"))
 
 
 def _validate_trainer(config: DictConfig) -> None:

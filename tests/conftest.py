@@ -19,6 +19,7 @@ SHAPED = (
     "evaluation.features",
     "evaluation.metrics",
     "evaluation.statistics",
+    "bench.baselines",
 )
 install_import_hook([f"diffussm.{name}" for name in SHAPED], "beartype.beartype")
 

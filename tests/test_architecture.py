@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "diffussm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# Module or package -> what it may import of ours, besides itself.
+# Module or package -> what it may import of ours, besides itself: whole packages, or one module of a package.
 ALLOWED = {
     "runtime": set(),
     "models": set(),
@@ -24,11 +24,12 @@ ALLOWED = {
     "config": {"runtime"},
     "compose": {"config", "runtime"},
     "build": {"compose", "config", "runtime", "models", "diffusion", "data", "training", "evaluation", "report"},
-    "commands": {"build", "compose", "config", "runtime", "models", "training", "evaluation", "report"},
+    "commands": {"build", "compose", "config", "runtime", "models", "training", "evaluation", "report", "bench"},
+    "bench": {"build", "models", "runtime"},
     "cli": {"commands", "runtime"},
     "__main__": {"cli"},
     "__init__": {"build"},
-}
+}  # fmt: skip
 # Within a package: file -> files of the same package that it may import.
 ALLOWED_WITHIN = {
     "models": {
@@ -38,6 +39,7 @@ ALLOWED_WITHIN = {
         "diffussm": {"layers", "ssm"},
         "dit": {"layers"},
         "layouts": {"layers"},
+        "complexity": set(),
         "__init__": {"ssm", "diffussm", "dit"},
     },
     "diffusion": {
@@ -48,8 +50,15 @@ ALLOWED_WITHIN = {
         "samplers": {"process", "schedule"},
         "__init__": set(),
     },
+    "bench": {
+        "timing": set(), "memory": set(), "baselines": set(),
+        "workload": {"memory", "timing"},
+        "suites": {"baselines", "workload"},
+        "report": {"suites", "timing", "workload"},
+        "__init__": set(),
+    },
     "runtime": {
-        "errors": set(), "memory": set(), "seeding": set(), "signals": set(), "run_dir": {"errors"},
+        "errors": set(), "allocator": set(), "seeding": set(), "signals": set(), "run_dir": {"errors"},
         "__init__": set(),
     },
 }  # fmt: skip

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from diffussm.cli import main
 from diffussm.commands.sample import _choose_labels
+from diffussm.compose import group_options
 from diffussm.config import TrainConfig
 from diffussm.models import DiT
 from diffussm.models.layouts import to_diffusers
@@ -115,6 +116,24 @@ BAD_INPUT = [
     (("import", "nowhere.pt"), 65, "nowhere.pt: no such file"),
     (("export",), 2, "checkpoint: not set"),
     (("export", "checkpoint=nowhere"), 73, "checkpoint=nowhere: no checkpoint there"),
+    (("complexity", "model=diffusm_s"), 2, "model=diffusm_s: choose"),
+    (("complexity", "resolutions=[]"), 2, "resolutions=[]: needs at least one positive multiple of 8"),
+    (("complexity", "resolutions=[100]"), 2, "resolutions=[100]: needs at least one positive multiple of 8"),
+    (("complexity", "model=diffussm_s", "resolutions=[24]"), 2, "resolutions=[24]: 3x3 latents have 9 tokens"),
+    (("complexity", "model=diffussm_s", "model.d_state=7"), 2, "model.d_state=7"),
+    (("bench", "suites=[layers]"), 2, "suites=['layers']: choose from layer, convolution"),
+    (("bench", "suites=[]"), 2, "suites=[]: choose at least one"),
+    (("bench", "suites=[xl]"), 2, "suites=[xl]: its models are for a GPU: add device=cuda"),
+    (("bench", "lengths=[1000]"), 2, "lengths=[1000]: needs squares of even numbers"),
+    (("bench", "lengths=[]"), 2, "lengths=[]"),
+    (("bench", "hidden_size=100"), 2, "hidden_size=100: must be a positive multiple of 64"),
+    (("bench", "d_state=5"), 2, "d_state=5: must be even"),
+    (("bench", "repetitions=0"), 2, "repetitions=0: must be at least 1"),
+    (("bench", "seconds=0"), 2, "seconds=0.0: must be positive"),
+    (("bench", "memory_limit_gib=-1"), 2, "memory_limit_gib=-1.0: must be positive"),
+    (("bench", "precision=fp8"), 2, "precision=fp8: choose fp32, bf16"),
+    (("bench", "device=gpu"), 2, "device=gpu: choose auto, cpu, cuda"),
+    (("bench", "length=[256]"), 2, "length: no such key (did you mean lengths?)"),
 ]
 
 
@@ -146,6 +165,8 @@ def test_help_names_verbs_groups_and_exit_codes(capsys):
         (["train", "--help"], ["experiment=", "diffussm_xl", "image_folder", "75 stopped by a signal"]),
         (["sample", "--help"], ["checkpoint=PATH", "ddim ddpm"]),
         (["evaluate", "--help"], ["results.json", "digits none"]),
+        (["bench", "--help"], ["suites=", "device=cuda", "bench.json"]),
+        (["complexity", "--help"], ["resolutions=", "diffussm_xl"]),
     ):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
@@ -683,3 +704,20 @@ def test_a_stopped_or_killed_process_continues_to_the_same_weights(diffussm, in_
     assert main([*arguments[:-1], end]) == 0
     assert main([*arguments[:-2], "run_dir=whole", end]) == 0
     assert fingerprint(in_tmp / "run") == fingerprint(in_tmp / "whole")
+
+
+def test_complexity_prints_a_row_for_each_model_and_resolution(capsys):
+    assert main(("complexity", "model=diffussm_s", "model.depth=2", "resolutions=[256,512]")) == 0
+    header, rule, *rows = capsys.readouterr().out.splitlines()
+    assert "GMAC" in header and "SSM GFLOP" in header and set(rule) <= set("|-: ")
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == ["diffussm_s", "diffussm_s"]
+    assert [row[2:4] for row in cells] == [["256", "1,024"], ["512", "4,096"]]
+    assert len({len(line) for line in (header, rule, *rows)}) == 1
+
+
+def test_complexity_without_a_model_covers_every_preset_but_the_tiny_ones(capsys):
+    assert main(("complexity", "resolutions=[256]")) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    shown = {row.split("|")[1].strip() for row in rows}
+    assert shown == {name for name in group_options("model") if not name.endswith("_tiny")}

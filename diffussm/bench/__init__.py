@@ -1,0 +1,1 @@
+"""Measurements of speed and memory against textbook baselines: what `diffussm bench` runs."""

@@ -1,0 +1,61 @@
+"""`diffussm complexity`: what models cost on paper, as a table."""
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from omegaconf import DictConfig
+
+from diffussm.build import construct
+from diffussm.commands import print_config
+from diffussm.compose import compose, compose_group, group_options, override_value
+from diffussm.models.complexity import measure_complexity
+from diffussm.runtime.errors import ConfigError
+
+PIXELS_PER_LATENT = 8  # along each side, of the usual autoencoders
+COLUMNS = ("model", "parameters", "px", "tokens", "GMAC", "SSM GFLOP", "activations MiB")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print a row for each model and resolution."""
+    config = compose("complexity", options.overrides, options.config_dir)
+    if options.print_config:
+        return print_config(config)
+    if config.model is not None:
+        models = {override_value(options.overrides, "model"): config.model}
+    else:
+        names = [name for name in group_options("model") if not name.endswith("_tiny")]
+        models = {name: compose_group("model", name, {}) for name in names}
+    print_table([row for name, model in models.items() for row in _rows(name, model, config.resolutions)])
+    return 0
+
+
+def _rows(name: str, model: DictConfig, resolutions: list[int]) -> Iterator[tuple[str, ...]]:
+    for pixels in resolutions:
+        side = pixels // PIXELS_PER_LATENT
+        if "input_size" in model:  # models with drawn positions know the size of their latents
+            model.input_size = side
+        with torch.device("meta"):
+            network = construct(model, "model")
+        try:
+            cost = measure_complexity(network, (model.in_channels, side, side))
+        except ValueError as error:
+            raise ConfigError(f"resolutions=[{pixels}]: {error}") from error
+        yield (
+            name,
+            f"{cost.parameters:,}",
+            str(pixels),
+            f"{(side // model.get('patch_size', 1)) ** 2:,}",
+            f"{cost.macs / 1e9:,.2f}",
+            f"{cost.ssm_flops / 1e9:,.2f}",
+            f"{cost.activation_bytes / 2**20:,.0f}",
+        )
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """A Markdown table, its columns aligned for the terminal."""
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    rule = tuple("-" * widths[0] if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths))
+    for first, *rest in (COLUMNS, rule, *rows):
+        cells = [first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]
+        print("| " + " | ".join(cells) + " |")

@@ -1,0 +1,109 @@
+"""Groups are measured whole; what does not fit is skipped with its reason; every comparison can happen."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from diffussm.bench import suites, workload
+from diffussm.bench.suites import COMPARISONS, SUITES, run_suites
+from diffussm.bench.workload import Measurement, Setup, Skip, Subject, Workload, measure_group
+from diffussm.config import BENCH_SUITES
+
+TINY = Setup(
+    lengths=(16, 64),
+    batch_size=2,
+    hidden_size=64,
+    d_state=4,
+    depth=2,
+    repetitions=2,
+    seconds=1.0,
+    call_limit_seconds=60.0,
+    memory_limit_gib=1.0,
+    device=torch.device("cpu"),
+    precision="fp32",
+    compile=False,
+)
+
+
+def linear(name="linear", width=8) -> Subject:
+    return Subject(
+        name,
+        lambda device: (nn.Linear(width, width, bias=False), [torch.randn(4, width, requires_grad=True)]),
+    )
+
+
+def test_the_configuration_names_the_suites_there_are():
+    assert set(BENCH_SUITES) == set(SUITES)
+
+
+@pytest.mark.parametrize("suite", [name for name in SUITES if name != "xl"])
+def test_every_subject_is_measured_at_every_length_and_phase(suite):
+    maker, phases, _ = SUITES[suite]
+    results = list(run_suites([suite], TINY, lambda line: None))
+    names = [subject.name for subject in maker(TINY, 16)]
+    assert [(m.length, m.phase, m.subject) for m in results] == [
+        (length, phase, name) for length in TINY.lengths for phase in phases for name in names
+    ]
+    for measurement in results:
+        assert measurement.timing.seconds > 0 and measurement.timing.repetitions == 2
+        assert measurement.peak_bytes > 0
+
+
+def test_every_comparison_names_subjects_of_its_suite():
+    for comparison in COMPARISONS:
+        maker, phases, most = SUITES[comparison.suite]
+        names = {subject.name for subject in maker(TINY, 16)}
+        assert {comparison.subject, comparison.against} <= names | {""}
+        assert comparison.phase in phases and all(length <= most for length in comparison.goals or ())
+
+
+def test_subjects_of_one_length_see_the_same_number_of_tokens():
+    for suite in ("layer", "convolution"):
+        maker, *_ = SUITES[suite]
+        shapes = {tuple(subject.build(TINY.device)[1][0].shape) for subject in maker(TINY, 64)}
+        assert shapes == {(2, 64, 64)}
+
+
+def test_a_training_step_reaches_parameters_and_inputs_and_leaves_no_gradients():
+    module, inputs = linear().build(TINY.device)
+    seen = []
+    for tensor in (module.weight, *inputs):
+        tensor.register_hook(lambda grad: seen.append(grad.shape))
+    training = Workload(module, inputs, TINY)
+    training.run("training step")
+    assert sorted(seen) == [(4, 8), (8, 8)]
+    assert module.weight.grad is None and inputs[0].grad is None
+    training.run("forward")
+    assert len(seen) == 2
+
+
+def test_gates_that_begin_at_zero_are_opened():
+    module, inputs = linear().build(TINY.device)
+    nn.init.zeros_(module.weight)
+    assert Workload(module, inputs, TINY).module.weight.abs().min() > 0
+
+
+def test_work_is_counted_for_forward_and_three_times_for_training():
+    for phase, passes in (("forward", 1), ("training step", 3)):
+        (measurement,) = measure_group("test", phase, 4, [linear()], TINY)
+        assert measurement.flops == passes * 2 * 4 * 8 * 8 and measurement.parameters == 64
+
+
+def test_what_does_not_fit_is_skipped_and_the_rest_measured():
+    large = linear("large", width=2**15)  # 4 GiB of weights, and as much to set them
+    skip, measurement = measure_group("test", "forward", 4, [large, linear()], TINY)
+    assert isinstance(skip, Skip) and "would need 8.0 GiB, memory_limit_gib=1" in skip.reason
+    assert isinstance(measurement, Measurement) and measurement.subject == "linear"
+
+
+def test_what_may_take_too_long_is_skipped_by_the_length_before(monkeypatch):
+    monkeypatch.setitem(suites.SUITES, "gemm", (lambda setup, length: [linear()], ("forward",), 2**20))
+    timing = workload.Timing(seconds=10.0, spread=0.0, repetitions=1)
+    monkeypatch.setattr(workload, "alternate", lambda calls, *_: dict.fromkeys(calls, timing))
+    setup = dataclasses.replace(TINY, lengths=(64, 16, 256), call_limit_seconds=159.0)
+    results = list(run_suites(["gemm"], setup, lambda line: None))
+    assert [type(result) for result in results] == [Measurement, Skip, Skip]
+    assert [result.length for result in results] == [16, 64, 256]
+    assert "may take 160 s, call_limit_seconds=159" in results[1].reason
