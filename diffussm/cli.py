@@ -5,6 +5,8 @@ A verb is imported only when it is called, so that `--help` answers at once.
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -118,6 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print("diffussm:", *str(error).split(), file=sys.stderr)  # one line, whatever it quotes
         return error.exit_code
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the exit does not flush into it
+        return 128 + signal.SIGPIPE
     except OSError as error:
         print(
             f"diffussm: {error.filename or 'I/O'}: {error.strerror or error}: free space, or write elsewhere",

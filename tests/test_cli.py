@@ -721,3 +721,11 @@ def test_complexity_without_a_model_covers_every_preset_but_the_tiny_ones(capsys
     rows = capsys.readouterr().out.splitlines()[2:]
     shown = {row.split("|")[1].strip() for row in rows}
     assert shown == {name for name in group_options("model") if not name.endswith("_tiny")}
+
+
+def test_a_reader_that_stops_reading_is_no_error(in_tmp):
+    command = f"{sys.executable} -m diffussm train experiment=digits --print-config"
+    script = f"{command} | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert int(result.stdout) in (0, 128 + 13) and "diffussm:" not in result.stderr
+    assert "Traceback" not in result.stderr and "Broken pipe" not in result.stderr

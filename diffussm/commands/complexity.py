@@ -17,7 +17,7 @@ COLUMNS = ("model", "parameters", "px", "tokens", "GMAC", "SSM GFLOP", "activati
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print a row for each model and resolution."""
+    """Print a row for each model and resolution, the families in turn, small models first."""
     config = compose("complexity", options.overrides, options.config_dir)
     if options.print_config:
         return print_config(config)
@@ -26,7 +26,9 @@ def run(options: argparse.Namespace) -> int:
     else:
         names = [name for name in group_options("model") if not name.endswith("_tiny")]
         models = {name: compose_group("model", name, {}) for name in names}
-    print_table([row for name, model in models.items() for row in _rows(name, model, config.resolutions)])
+    rows = [list(_rows(name, model, config.resolutions)) for name, model in models.items()]
+    rows.sort(key=lambda group: (group[0][0].partition("_")[0], int(group[0][1].replace(",", ""))))
+    print_table([row for group in rows for row in group])
     return 0
 
 
