@@ -11,6 +11,7 @@ registers itself for that device under the same name (`s4d_convolution.register_
     channels    D (causal only) or 2D       pairs    N/2 conjugate pairs      F    frequencies of the padded length
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -35,6 +36,18 @@ class Discrete(NamedTuple):
     def select(self, d_model: int, portion: slice) -> "Discrete":
         """The channels `portion` of both directions."""
         return Discrete(*(part.unflatten(0, (-1, d_model))[:, portion].flatten(0, 1) for part in self))
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 within: a rounded matrix product would spoil the kernel."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def make_kernel(discrete: Discrete, length: int, dtype: torch.dtype) -> Float[Tensor, "channels L"]:
@@ -76,7 +89,7 @@ def s4d_convolution(
     directions, dtype = len(skip) // d_model, _working_dtype(u)
     y = u.new_empty(batch, directions, d_model, length)
     padded_u, padded_kernel = _Padded(length, dtype), _Padded(length, dtype)
-    with torch.autocast(u.device.type, enabled=False):  # the kernel's matrix product must not be rounded to bf16
+    with full_precision(u.device):
         for portion in _portions(u):
             kernel = _Tables(discrete.select(d_model, portion), length, dtype).kernel()
             spectra = _transfer(padded_kernel.spectrum(kernel), directions)
@@ -103,7 +116,7 @@ def s4d_convolution_backward(
     grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)
     gradients = [torch.empty_like(part).unflatten(0, (directions, d_model)) for part in discrete]
     padded_u, padded_kernel = _Padded(length, dtype), _Padded(length, dtype)
-    with torch.autocast(u.device.type, enabled=False):
+    with full_precision(u.device):
         for portion in _portions(u):
             tables = _Tables(discrete.select(d_model, portion), length, dtype)
             spectra = _transfer(padded_kernel.spectrum(tables.kernel()), directions).conj_physical()
@@ -180,7 +193,8 @@ def _portions(u: Tensor) -> Iterator[slice]:
     """Slices of the channels of u (B, D, L)."""
     batch, d_model, length = u.shape
     budget = GPU_PORTION if u.is_cuda else CPU_PORTION
-    size = max(1, budget // (batch * padded_length(length) * _working_dtype(u).itemsize))
+    most = max(1, budget // (batch * padded_length(length) * _working_dtype(u).itemsize))
+    size = math.ceil(d_model / math.ceil(d_model / most))  # portions of one size, or nearly
     for start in range(0, d_model, size):
         yield slice(start, min(start + size, d_model))
 

@@ -20,6 +20,7 @@ from diffussm.models.convolution import (
     Discrete,
     Pair,
     convolve_spectra,
+    full_precision,
     make_kernel,
     make_spectra,
     multiply,
@@ -101,7 +102,7 @@ class S4D(nn.Module):
 
         K_0 includes the skip D, which is an impulse response at lag 0 like any other. Without gradients.
         """
-        with torch.no_grad(), torch.autocast(self.C.device.type, enabled=False):
+        with torch.no_grad(), full_precision(self.C.device):
             return make_kernel(self.discretize(), length, torch.promote_types(self.C.dtype, torch.float32))
 
     def recurrence(self, u: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D_out"]:
@@ -161,7 +162,7 @@ class S4D(nn.Module):
         versions = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
         key = length, dtype, u.device, self.discretization, versions
         if self._spectra is None or self._spectra[0] != key:
-            with torch.autocast(u.device.type, enabled=False):
+            with full_precision(u.device):
                 self._spectra = key, make_spectra(self.discretize(), self.d_model, length, dtype)
         return self._spectra[1]
 

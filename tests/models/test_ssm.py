@@ -264,6 +264,31 @@ def test_the_operator_keeps_the_rules_of_torch_library():
     assert torch.autograd.gradcheck(convolution.s4d_convolution, double)
 
 
+def test_kernels_are_made_in_full_precision_whatever_the_process_allows(monkeypatch):
+    torch.manual_seed(0)
+    layer, u = S4D(4), torch.randn(2, 100, 4, requires_grad=True)
+    seen = []
+    product = torch.bmm
+
+    def spy(a: Tensor, b: Tensor) -> Tensor:
+        seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "bmm", spy)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layer(u)
+            layer.kernel(10)
+        y.sum().backward()
+        with torch.no_grad():
+            frozen(layer)(u)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(seen) >= 8 and set(seen) == {("highest", False)}
+
+
 def test_initial_states_are_the_published_ones():
     n = torch.arange(4)
     assert torch.allclose(initial_A_imag("lin", 8), math.pi * n)
