@@ -12,7 +12,6 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import OutOfMemoryError, StorageError, UserError
 
 VERBS = {
@@ -103,6 +102,7 @@ DESCRIPTIONS = {
           repetitions=9 seconds=10      at most, for every call
           call_limit_seconds=120 memory_limit_gib=12
                                         skip what is expected to need more
+          keep_freed_memory=true        with the C library's allocator as `train` sets it
           device=cuda                   adds bf16 (precision=), torch.compile (compile=) and the suite xl
           out=DIR                       default: bench
 
@@ -113,7 +113,6 @@ DESCRIPTIONS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
     options = _parse(sys.argv[1:] if arguments is None else list(arguments))
-    keep_freed_memory()
     try:
         module = MODULES.get(options.verb, options.verb)
         return importlib.import_module(f"diffussm.commands.{module}").run(options)

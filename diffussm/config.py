@@ -161,6 +161,7 @@ class BenchConfig:
     device: str = free("cpu")
     precision: str | None = free(None)  # fp32 or bf16 (autocast); null: bf16 on a GPU
     compile: bool | None = free(None)  # torch.compile; null: on a GPU
+    keep_freed_memory: bool = free(False)  # measure with the allocator set as `train` sets it, not as it comes
     out: str = free("bench")  # directory of bench.json and bench.md
 
 

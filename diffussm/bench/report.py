@@ -85,14 +85,16 @@ class Report:
         """Two tables and what was left out."""
         setup, machine = self.setup, describe_machine(self.setup.device)
         verdicts = self.verdicts()
+        allocator = "as `diffussm train` sets it" if setup.keep_freed_memory else "as it comes"
         parts = [
             "# Benchmark" + ("" if self.is_complete else " (stopped before its end)"),
             f"`{self.command}`, {self.date}. "
             + ", ".join(f"{key} {value}" for key, value in machine.items())
             + ".",
             f"B={setup.batch_size}, D={setup.hidden_size}, N={setup.d_state}, {setup.precision}"
-            f"{', compiled' if setup.compile else ''}. Medians of alternating repetitions in one process; a "
-            "training step is forward and backward, without optimiser. Only ratios carry over to another machine"
+            f"{', compiled' if setup.compile else ''}, allocator {allocator}. Medians of alternating repetitions "
+            "in one process; a training step is forward and backward, without optimiser. Only ratios carry over "
+            "to another machine"
             + ("." if any(verdict.goal for verdict in verdicts) else "; goals are stated for other settings."),
             table(
                 COMPARISON_COLUMNS,

@@ -38,6 +38,7 @@ class Setup:
     device: torch.device
     precision: str
     compile: bool
+    keep_freed_memory: bool = False
 
     @property
     def is_reference(self) -> bool:

@@ -14,6 +14,7 @@ from diffussm.build import choose_device
 from diffussm.commands import note, print_config
 from diffussm.compose import compose
 from diffussm.config import BENCH_SUITES
+from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import ConfigError, RunDirectoryError
 
 CPU_MEMORY_LIMIT_GIB = 12.0
@@ -25,6 +26,8 @@ def run(options: argparse.Namespace) -> int:
     config = compose("bench", options.overrides, options.config_dir)
     if options.print_config:
         return print_config(config)
+    if config.keep_freed_memory:
+        keep_freed_memory()
     setup = _setup(config)
     suites = config.suites or [name for name in BENCH_SUITES if name != "xl" or setup.device.type == "cuda"]
     if "xl" in suites and setup.device.type != "cuda":
@@ -67,6 +70,7 @@ def _setup(config: DictConfig) -> Setup:
             else CPU_MEMORY_LIMIT_GIB
         )
     return Setup(
+        keep_freed_memory=config.keep_freed_memory,
         lengths=tuple(config.lengths),
         batch_size=config.batch_size,
         hidden_size=config.hidden_size,

@@ -19,6 +19,7 @@ from diffussm.commands.from_checkpoint import (
     run_path,
 )
 from diffussm.evaluation.evaluator import table
+from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import ConfigError
 from diffussm.runtime.run_dir import write_json
 from diffussm.training.logging import Progress
@@ -29,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
 
     results.json is the latest measurement, results.jsonl beside it keeps every one.
     """
+    keep_freed_memory()
     checkpoint, trained, config = open_checkpoint(options)
     if options.print_config:
         return print_config(config)

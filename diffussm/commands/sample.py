@@ -22,6 +22,7 @@ from diffussm.commands.from_checkpoint import (
     run_path,
 )
 from diffussm.report.grid import save_grid
+from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import ConfigError, RunDirectoryError
 from diffussm.runtime.run_dir import write_json
 from diffussm.training.checkpoint import Checkpoint
@@ -32,6 +33,7 @@ MAX_GRID_COLUMNS = 20
 
 def run(options: argparse.Namespace) -> int:
     """Draw what is asked for, unless it is there already."""
+    keep_freed_memory()
     checkpoint, trained, config = open_checkpoint(options)
     if options.print_config:
         return print_config(config)

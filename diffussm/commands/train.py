@@ -11,6 +11,7 @@ from yaml import YAMLError
 from diffussm.commands import note, print_config
 from diffussm.compose import compose
 from diffussm.config import drift
+from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import ConfigError, Preempted, RunDirectoryError, UserError
 from diffussm.runtime.run_dir import RunDirectory, write_atomically
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 def run(options: argparse.Namespace) -> int:
     """Check everything, then open the run directory, then train."""
+    keep_freed_memory()
     config = compose("train", options.overrides, options.config_dir)
     if options.print_config:
         return print_config(config)

@@ -21,7 +21,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 # Bytes of one portion's input spectrum. A few of them fit a CPU's last cache; on a GPU they only bound memory.
-CPU_PORTION, GPU_PORTION = 4 << 20, 256 << 20
+CPU_PORTION, GPU_PORTION = 2 << 20, 256 << 20
 
 
 class Discrete(NamedTuple):
