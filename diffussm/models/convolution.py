@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-# Bytes of one portion's input spectrum. A few of them fit a CPU's last cache; on a GPU they only bound memory.
+# Bytes of one portion's input spectrum. A few of them fit a CPU's cache; on a GPU they only bound memory.
 CPU_PORTION, GPU_PORTION = 2 << 20, 256 << 20
+LEAST_PORTION = 16  # channels: where u is a transposed (B, L, D), they are read by cache lines of 16
 
 
 class Discrete(NamedTuple):
@@ -193,7 +194,7 @@ def _portions(u: Tensor) -> Iterator[slice]:
     """Slices of the channels of u (B, D, L)."""
     batch, d_model, length = u.shape
     budget = GPU_PORTION if u.is_cuda else CPU_PORTION
-    most = max(1, budget // (batch * padded_length(length) * _working_dtype(u).itemsize))
+    most = max(LEAST_PORTION, budget // (batch * padded_length(length) * _working_dtype(u).itemsize))
     size = math.ceil(d_model / math.ceil(d_model / most))  # portions of one size, or nearly
     for start in range(0, d_model, size):
         yield slice(start, min(start + size, d_model))

@@ -12,7 +12,7 @@ shortens it and lengthens it again by learned maps. `equation`: the stream itsel
 each, and the gate is 2D wide. `figure` is nearer to the paper's parameter count.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -26,8 +26,11 @@ from diffussm.models.layers import (
     LabelEmbedder,
     TimestepEmbedder,
     UpScale,
+    gated_sum,
     linear,
     modulate,
+    require_choice,
+    require_positive,
     sincos_positions,
 )
 from diffussm.models.ssm import S4D, Discretization, Init
@@ -81,20 +84,15 @@ class DiffuSSM(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        counts = {"hidden_size": hidden_size, "depth": depth, "in_channels": in_channels}
-        for name, value in {**counts, "hourglass_ratio": hourglass_ratio, "patch_size": patch_size}.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+        require_positive(hidden_size=hidden_size, depth=depth, in_channels=in_channels)
+        require_positive(hourglass_ratio=hourglass_ratio, patch_size=patch_size)
         if hidden_size % hourglass_ratio:
             raise ValueError(f"hidden_size={hidden_size}: must be divisible by hourglass_ratio={hourglass_ratio}")
-        choices = (("reading", reading, Reading), ("token_order", token_order, TokenOrder))
-        for name, choice, known in (*choices, ("positions", positions, Positions)):
-            if choice not in get_args(known):
-                raise ValueError(f"{name}={choice}: choose {', '.join(get_args(known))}")
+        require_choice("reading", reading, Reading)
+        require_choice("token_order", token_order, TokenOrder)
+        require_choice("positions", positions, Positions)
         if positions == "sincos":
             sincos_positions(hidden_size, 1, 1)  # refuses a width that it does not fit
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes={num_classes}: must be at least 1, or null for an unconditional model")
         self.in_channels, self.num_classes, self.learn_sigma = in_channels, num_classes, learn_sigma
         self.hourglass_ratio, self.patch_size, self.positions = hourglass_ratio, patch_size, positions
         self.activation_checkpointing = activation_checkpointing
@@ -229,7 +227,7 @@ class DiffuSSMBlock(nn.Module):
         else:
             places, back = order
             y = self.ssm(u[:, places])[:, back]
-        return x + alpha[:, None] * self.fusion(shortened, y)
+        return gated_sum(x, alpha, self.fusion(shortened, y))
 
 
 class HourglassDense(nn.Module):

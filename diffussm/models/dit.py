@@ -9,7 +9,7 @@ Parameters bear the names of the authors' public checkpoints. The paper's four w
     in_context        PlainBlock over a sequence that ends in these two tokens
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -21,8 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from diffussm.models.layers import (
     LabelEmbedder,
     TimestepEmbedder,
+    gated_sum,
     linear,
     modulate,
+    require_choice,
+    require_positive,
     sincos_positions,
     tag,
 )
@@ -65,19 +68,9 @@ class DiT(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {
-            "in_channels": in_channels,
-            "input_size": input_size,
-            "patch_size": patch_size,
-            "hidden_size": hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes={num_classes}: must be at least 1, or null for an unconditional model")
+        require_positive(in_channels=in_channels, input_size=input_size, patch_size=patch_size)
+        require_positive(hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+        require_choice("conditioning", conditioning, Conditioning)
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size={hidden_size}: must be divisible by num_heads={num_heads}")
         if input_size % patch_size:
@@ -85,8 +78,6 @@ class DiT(nn.Module):
         mlp_size = int(hidden_size * mlp_ratio)
         if mlp_size < 1:
             raise ValueError(f"mlp_ratio={mlp_ratio}: must make the MLP at least one wide")
-        if conditioning not in get_args(Conditioning):
-            raise ValueError(f"conditioning={conditioning}: choose {', '.join(get_args(Conditioning))}")
         self.in_channels, self.num_classes, self.learn_sigma = in_channels, num_classes, learn_sigma
         self.input_size, self.patch_size, self.conditioning = input_size, patch_size, conditioning
         self.num_heads, self.activation_checkpointing = num_heads, activation_checkpointing
@@ -191,8 +182,8 @@ class AdaLNBlock(nn.Module):
         else:
             shift_msa, scale_msa, shift_mlp, scale_mlp = vectors.chunk(4, dim=-1)
             gate_msa = gate_mlp = torch.ones_like(shift_msa)
-        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), scale_msa, shift_msa))
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), scale_mlp, shift_mlp))
+        x = gated_sum(x, gate_msa, self.attn(modulate(self.norm1(x), scale_msa, shift_msa)))
+        return gated_sum(x, gate_mlp, self.mlp(modulate(self.norm2(x), scale_mlp, shift_mlp)))
 
 
 class PlainBlock(nn.Module):

@@ -8,7 +8,7 @@
 """
 
 import math
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from einops import rearrange
@@ -29,6 +29,19 @@ def tag(item: Tagged, role: Role | None = None) -> Tagged:
     for parameter in parameters:
         parameter.role = role or ("decay" if parameter.ndim > 1 else "no_decay")  # type: ignore[attr-defined]
     return item
+
+
+def require_positive(**sizes: int) -> None:
+    """ValueError names the first size that is below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+
+
+def require_choice(name: str, value: str, choices: Any) -> None:
+    """ValueError unless `value` is one of a Literal's."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name}={value}: choose {', '.join(get_args(choices))}")
 
 
 def linear(in_features: int, out_features: int, *, zero: bool = False) -> nn.Linear:
@@ -123,6 +136,8 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, embedding_dim: int, dropout_prob: float) -> None:
         super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes}: must be at least 1, or null for an unconditional model")
         if not 0 <= dropout_prob < 1:
             raise ValueError(f"class_dropout_prob={dropout_prob}: must be at least 0 and below 1")
         self.num_classes, self.dropout_prob = num_classes, dropout_prob
@@ -155,4 +170,11 @@ def modulate(
     x: Float[Tensor, "B L D"], scale: Float[Tensor, "B D"], shift: Float[Tensor, "B D"]
 ) -> Float[Tensor, "B L D"]:
     """adaLN: x (1 + scale) + shift, the same for every token."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+def gated_sum(
+    x: Float[Tensor, "B L D"], gate: Float[Tensor, "B D"], branch: Float[Tensor, "B L D"]
+) -> Float[Tensor, "B L D"]:
+    """adaLN-Zero: x + gate branch, the gate the same for every token."""
+    return torch.addcmul(x, gate[:, None], branch)

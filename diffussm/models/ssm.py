@@ -26,7 +26,7 @@ from diffussm.models.convolution import (
     multiply,
     s4d_convolution,
 )
-from diffussm.models.layers import tag
+from diffussm.models.layers import require_choice, tag
 
 Direction = Literal["forward", "backward"]
 Init = Literal["lin", "inv", "legs"]
@@ -63,8 +63,8 @@ class S4D(nn.Module):
             raise ValueError(f"d_state={d_state}: must be even and at least 2 (it counts conjugate pairs)")
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"dt_min={dt_min}, dt_max={dt_max}: must satisfy 0 < dt_min <= dt_max")
-        if discretization not in ("zoh", "bilinear"):
-            raise ValueError(f"discretization={discretization!r}: choose zoh or bilinear")
+        require_choice("discretization", discretization, Discretization)
+        require_choice("init", init, Init)
         self.d_model, self.bidirectional, self.discretization = d_model, bidirectional, discretization
         self._spectra: tuple[object, Tensor] | None = None
         channels, pairs = d_model * (2 if bidirectional else 1), d_state // 2
@@ -174,14 +174,12 @@ def initial_A_imag(init: Init, d_state: int) -> Float[Tensor, "pairs"]:
         imag = math.pi * n
     elif init == "inv":
         imag = d_state / math.pi * (d_state / (2 * n + 1) - 1)
-    elif init == "legs":
+    else:
         # HiPPO-LegS is normal plus low rank; the normal part is -1/2 I + S with S skew-symmetric,
         # S_nk = -sqrt((2n+1)(2k+1)) / 2 for n > k, so i S is Hermitian with real eigenvalues.
         root = (2 * torch.arange(d_state, dtype=torch.float64) + 1).sqrt()
         lower = torch.tril(torch.outer(root, root) / 2, diagonal=-1)
         imag = torch.linalg.eigvalsh(1j * (lower.T - lower))[d_state // 2 :]
-    else:
-        raise ValueError(f"init={init!r}: choose lin, inv or legs")
     return imag.float()
 
 
