@@ -64,7 +64,8 @@ DESCRIPTIONS = {
           trust_checkpoint=true         build what a checkpoint names from outside diffussm""",
     "import": """\
         Make a run directory from the weights of a DiT, such as the public DiT-XL-2-256x256.pt; `sample`,
-        `evaluate`, `export` and `train` take it as one of their own.
+        `evaluate`, `export` and `train` take it as one of their own (latents of 4 channels need an autoencoder
+        before they can be drawn).
 
           FILE                          .pt, .pth or .safetensors with the official names or those of diffusers,
                                         or a directory that diffusers wrote; nothing in it is executed

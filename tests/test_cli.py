@@ -121,6 +121,8 @@ BAD_INPUT = [
     (("complexity", "resolutions=[100]"), 2, "resolutions=[100]: needs at least one positive multiple of 8"),
     (("complexity", "model=diffussm_s", "resolutions=[24]"), 2, "resolutions=[24]: 3x3 latents have 9 tokens"),
     (("complexity", "model=diffussm_s", "model.d_state=7"), 2, "model.d_state=7"),
+    (("complexity", "model=dit_s_2", "model.input_size=64"), 2, "model.input_size: follows from resolutions"),
+    (("complexity", "model=dit_s_8", "resolutions=[72]"), 2, "resolutions=[72]: model.input_size=9"),
     (("bench", "suites=[layers]"), 2, "suites=['layers']: choose from layer, convolution"),
     (("bench", "suites=[]"), 2, "suites=[]: choose at least one"),
     (("bench", "suites=[xl]"), 2, "suites=[xl]: its models are for a GPU: add device=cuda"),

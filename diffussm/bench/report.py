@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffussm.bench.suites import COMPARISONS, GEMM, Comparison
+from diffussm.bench.suites import COMPARISONS, Comparison
 from diffussm.bench.timing import cost_exponent
 from diffussm.bench.workload import Measurement, Setup, Skip
 from diffussm.runtime.run_dir import write_atomically, write_json
@@ -130,9 +130,7 @@ def compare(measurements: Sequence[Measurement], setup: Setup) -> Iterator[Verdi
                 yield Verdict(comparison, None, exponent, goals.get(0))
             continue
         for subject in ours:
-            value = _value(
-                comparison, subject, found.get((*key, comparison.against or GEMM, subject.length)), setup
-            )
+            value = _value(comparison, subject, found.get((*key, comparison.against, subject.length)), setup)
             if value is not None:
                 yield Verdict(comparison, subject.length, value, goals.get(subject.length))
 

@@ -85,7 +85,9 @@ class Workload:
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor], setup: Setup) -> None:
         self.module, self.inputs, self.setup = module, inputs, setup
-        self.call = torch.compile(module) if setup.compile else module
+        is_frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        # A compiled layer keeps no spectra, which is what frozen subjects are there to show.
+        self.call = torch.compile(module) if setup.compile and not is_frozen else module
         self._grad: Tensor | None = None
         with torch.no_grad():
             # Gates that begin at zero would make gradients zero, and zeros are cheap on some hardware.

@@ -21,6 +21,8 @@ def run(options: argparse.Namespace) -> int:
     config = compose("complexity", options.overrides, options.config_dir)
     if options.print_config:
         return print_config(config)
+    if override_value(options.overrides, "model.input_size") is not None:
+        raise ConfigError("model.input_size: follows from resolutions=[...], an eighth of each: leave it out")
     if config.model is not None:
         models = {override_value(options.overrides, "model"): config.model}
     else:
@@ -37,11 +39,11 @@ def _rows(name: str, model: DictConfig, resolutions: list[int]) -> Iterator[tupl
         side = pixels // PIXELS_PER_LATENT
         if "input_size" in model:  # models with drawn positions know the size of their latents
             model.input_size = side
-        with torch.device("meta"):
-            network = construct(model, "model")
         try:
+            with torch.device("meta"):
+                network = construct(model, "model")
             cost = measure_complexity(network, (model.in_channels, side, side))
-        except ValueError as error:
+        except (ValueError, ConfigError) as error:
             raise ConfigError(f"resolutions=[{pixels}]: {error}") from error
         yield (
             name,

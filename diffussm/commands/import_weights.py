@@ -123,7 +123,8 @@ def _read(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever a damaged archive may raise
         raise DataError(f"{file}: damaged, or no file of tensors: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise DataError(f"{file}: no state dict, which maps names to tensors: save that alone")
+        held = f" (it holds {', '.join(map(str, list(content)[:4]))})" if isinstance(content, dict) else ""
+        raise DataError(f"{file}: no state dict, which maps names to tensors{held}: save that alone")
     return content
 
 

@@ -14,7 +14,7 @@ registers itself for that device under the same name (`s4d_convolution.register_
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Complex, Float
@@ -42,13 +42,25 @@ class Discrete(NamedTuple):
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Neither autocast nor TF32 within: a rounded matrix product would spoil the kernel."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9: the older way refuses to be mixed
+        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+        before = [backend.fp32_precision for backend in backends]
         with torch.autocast(device.type, enabled=False):
+            try:
+                for backend in backends:
+                    backend.fp32_precision = "ieee"
+                yield
+            finally:
+                for backend, precision in zip(backends, before, strict=True):
+                    backend.fp32_precision = precision
+        return
+    allowed = torch.get_float32_matmul_precision()
+    with torch.autocast(device.type, enabled=False):
+        try:
+            torch.set_float32_matmul_precision("highest")
             yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+        finally:
+            torch.set_float32_matmul_precision(allowed)
 
 
 def make_kernel(discrete: Discrete, length: int, dtype: torch.dtype) -> Float[Tensor, "channels L"]:
@@ -193,6 +205,8 @@ class _Padded:
 def _portions(u: Tensor) -> Iterator[slice]:
     """Slices of the channels of u (B, D, L)."""
     batch, d_model, length = u.shape
+    if not u.numel():
+        raise ValueError(f"u has shape {list(u.shape)}: there is nothing to convolve")
     budget = GPU_PORTION if u.is_cuda else CPU_PORTION
     most = max(LEAST_PORTION, budget // (batch * padded_length(length) * _working_dtype(u).itemsize))
     size = math.ceil(d_model / math.ceil(d_model / most))  # portions of one size, or nearly

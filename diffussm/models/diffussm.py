@@ -160,7 +160,7 @@ class DiffuSSM(nn.Module):
         x = self.x_embedder(rearrange(x, "b (j m) i -> b j (m i)", m=self.group_size))  # (B, L or J, D)
         x = x.to(x_t.dtype)  # the residual stream stays fp32 under autocast: it sums 29 small increments
         if self.positions == "sincos":
-            x = x + sincos_positions(x.shape[-1], height, width)[:: self.group_size].to(x)
+            x = x + sincos_positions(x.shape[-1], height, width, x.device)[:: self.group_size].to(x)
         orders = {name: _token_order(name, height, width, x.device) for name in set(self.orders)}
         for block, order in zip(self.blocks, self.orders, strict=True):
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():
@@ -238,8 +238,11 @@ class HourglassDense(nn.Module):
 
     def __init__(self, hidden_size: int, hourglass_ratio: int, reading: Reading) -> None:
         super().__init__()
-        down = DownScale(hourglass_ratio, hidden_size, hidden_size // hourglass_ratio)
-        self.down = down if reading == "figure" else nn.Identity()
+        self.down = (
+            DownScale(hourglass_ratio, hidden_size, hidden_size // hourglass_ratio)
+            if reading == "figure"
+            else nn.Identity()
+        )
         self.mlp = linear(hidden_size, hidden_size)  # W^0
         self.up = UpScale(hourglass_ratio, hidden_size, hidden_size)
 

@@ -75,7 +75,7 @@ class DiT(nn.Module):
             raise ValueError(f"hidden_size={hidden_size}: must be divisible by num_heads={num_heads}")
         if input_size % patch_size:
             raise ValueError(f"input_size={input_size}: must be divisible by patch_size={patch_size}")
-        mlp_size = int(hidden_size * mlp_ratio)
+        mlp_size = round(hidden_size * mlp_ratio)
         if mlp_size < 1:
             raise ValueError(f"mlp_ratio={mlp_ratio}: must make the MLP at least one wide")
         self.in_channels, self.num_classes, self.learn_sigma = in_channels, num_classes, learn_sigma

@@ -115,17 +115,20 @@ def timestep_sinusoid(
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
-def sincos_positions(dim: int, height: int, width: int) -> Float[Tensor, "L dim"]:
+def sincos_positions(
+    dim: int, height: int, width: int, device: torch.device | None = None
+) -> Float[Tensor, "L dim"]:
     """DiT's fixed positions of a grid, row by row: half of `dim` for the column, half for the row, fp32.
 
     Each half is [sin(p w_k), cos(p w_k)] with w_k = 10000^(-4k / dim); `dim` is divisible by 4.
     """
     if dim % 4:
         raise ValueError(f"hidden_size={dim}: must be divisible by 4 for sin-cos positions")
-    frequency = 10_000.0 ** (-4 * torch.arange(dim // 4, dtype=torch.float64) / dim)
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    phases = (place.flatten()[:, None] * frequency for place in (columns, rows))
-    return torch.cat([wave for phase in phases for wave in (phase.sin(), phase.cos())], dim=1).float()
+    frequency = 10_000.0 ** (-4 * torch.arange(dim // 4, dtype=torch.float64, device=device) / dim)
+    row, column = (torch.arange(side, device=device)[:, None] * frequency for side in (height, width))
+    row, column = (torch.cat([phase.sin(), phase.cos()], dim=1).float() for phase in (row, column))
+    shape = height, width, dim // 2
+    return torch.cat([column.expand(shape), row[:, None].expand(shape)], dim=2).flatten(0, 1)
 
 
 class LabelEmbedder(nn.Module):

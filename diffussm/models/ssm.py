@@ -10,7 +10,7 @@ Complex parameters are kept as pairs of reals, so that they survive every optimi
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Complex, Float
@@ -66,7 +66,7 @@ class S4D(nn.Module):
         require_choice("discretization", discretization, Discretization)
         require_choice("init", init, Init)
         self.d_model, self.bidirectional, self.discretization = d_model, bidirectional, discretization
-        self._spectra: tuple[object, Tensor] | None = None
+        self._spectra: tuple[object, list[Tensor], Tensor] | None = None
         channels, pairs = d_model * (2 if bidirectional else 1), d_state // 2
 
         log_dt = torch.empty(channels).uniform_(math.log(dt_min), math.log(dt_max))
@@ -86,8 +86,8 @@ class S4D(nn.Module):
 
         An fp32 island, whatever autocast says: FFTs have no bf16, and half-precision kernels lose the long
         memory that dt of 1e-3 stands for. Once the layer is frozen (no parameter requires a gradient, eval
-        mode, gradients off), the kernels' spectra are kept from call to call until a parameter changes. Only
-        writing through `parameter.data[...]` escapes notice.
+        mode, gradients off), the kernels' spectra are kept from call to call until a parameter changes; only
+        in-place writing through `parameter.data` escapes notice. Compiled layers keep none.
         """
         frozen = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
         if frozen and not any(parameter.requires_grad for parameter in self.parameters()):
@@ -114,8 +114,9 @@ class S4D(nn.Module):
 
     def _scan(self, u: Tensor, direction: Direction) -> Tensor:
         state, outputs = self.initial_state(len(u), u.dtype), []
+        discrete = self._discretize_direction(direction)
         for u_l in u.unbind(1):
-            y_l, state = self.step(state, u_l, direction)
+            y_l, state = _step(discrete, state, u_l)
             outputs.append(y_l)
         return torch.stack(outputs, dim=1)
 
@@ -132,14 +133,13 @@ class S4D(nn.Module):
         The state is that of the system with Bbar = 1 (C carries it). `direction="backward"` steps the
         second half of a bidirectional layer, which is to be fed from the end of the sequence.
         """
+        return _step(self._discretize_direction(direction), state, u)
+
+    def _discretize_direction(self, direction: Direction) -> Discrete:
         if direction == "backward" and not self.bidirectional:
             raise ValueError("direction=backward: this layer is unidirectional")
         start = self.d_model if direction == "backward" else 0
-        mine = Discrete(*(part[start : start + self.d_model] for part in self.discretize()))
-        Abar = torch.polar(mine.log_modulus.exp(), mine.angle).to(state.dtype)
-        weight = torch.complex(mine.weight_real, mine.weight_imag).to(state.dtype)
-        state = Abar * state + u[..., None]
-        return (2 * (weight * state).sum(-1).real + mine.skip * u).to(u.dtype), state
+        return Discrete(*(part[start : start + self.d_model] for part in self.discretize()))
 
     def discretize(self) -> Discrete:
         """Abar (as a logarithm) and C Bbar by zero-order hold or the bilinear rule, in float64, and D."""
@@ -156,15 +156,37 @@ class S4D(nn.Module):
         """Give back the memory of spectra that a frozen layer keeps."""
         self._spectra = None
 
+    def train(self, mode: bool = True) -> "S4D":
+        """As for every module; a layer that may be trained keeps no spectra."""
+        self.forget_spectra()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_spectra": None}  # copies make their own
+
     def _frozen_spectra(self, u: Tensor) -> Tensor:
         length, dtype = u.shape[-1], torch.promote_types(u.dtype, torch.float32)
-        # In-place changes raise a tensor's version, replacements change its address.
-        versions = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        parameters = [parameter.detach() for parameter in self.parameters()]
+        if any(parameter.is_inference() for parameter in parameters):  # whose changes leave no trace
+            return self._make_spectra(length, dtype)
+        # In-place changes raise a tensor's version, and replacements have another address, for what is kept
+        # beside the spectra holds on to the old one.
+        versions = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
         key = length, dtype, u.device, self.discretization, versions
         if self._spectra is None or self._spectra[0] != key:
-            with full_precision(u.device):
-                self._spectra = key, make_spectra(self.discretize(), self.d_model, length, dtype)
-        return self._spectra[1]
+            self._spectra = key, parameters, self._make_spectra(length, dtype)
+        return self._spectra[2]
+
+    def _make_spectra(self, length: int, dtype: torch.dtype) -> Tensor:
+        with full_precision(self.C.device):
+            return make_spectra(self.discretize(), self.d_model, length, dtype)
+
+
+def _step(discrete: Discrete, state: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    Abar = torch.polar(discrete.log_modulus.exp(), discrete.angle).to(state.dtype)
+    weight = torch.complex(discrete.weight_real, discrete.weight_imag).to(state.dtype)
+    state = Abar * state + u[..., None]
+    return (2 * (weight * state).sum(-1).real + discrete.skip * u).to(u.dtype), state
 
 
 def initial_A_imag(init: Init, d_state: int) -> Float[Tensor, "pairs"]:

@@ -1,5 +1,6 @@
 """Whole models compile without graph breaks; in processes of their own, without the shape checks of the tests."""
 
+import shutil
 import subprocess
 import sys
 
@@ -41,3 +42,8 @@ def check(model: str, backend: str = "aot_eager") -> None:
 )
 def test_diffussm_compiles_in_one_graph_and_trains_alike(options):
     check(f"DiffuSSM({SMALL}, d_state=4{options})")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+def test_diffussm_trains_alike_with_generated_code():
+    check(f"DiffuSSM({SMALL}, d_state=4)", "inductor")

@@ -185,3 +185,13 @@ def test_positions_other_than_sin_cos_are_kept_by_dit_and_refused_for_diffusers(
     assert not torch.allclose(model(*inputs()), before, atol=1e-3)
     with pytest.raises(ValueError, match="pos_embed: not the sin-cos table"):
         to_diffusers(state)
+
+
+def test_any_width_of_the_mlp_survives_its_ratio():
+    model = DiT(
+        in_channels=1, num_classes=2, input_size=4, hidden_size=88, depth=1, num_heads=2, mlp_ratio=120 / 88
+    )
+    assert model.blocks[0].mlp.fc1.out_features == 120
+    arguments = infer_dit_arguments(model.state_dict())
+    again = DiT(**{**arguments, "num_heads": 2})
+    check_weights(model.state_dict(), again.state_dict())

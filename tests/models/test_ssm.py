@@ -1,6 +1,8 @@
 """S4D against the state recurrence, step by step in complex float64: values and every gradient."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -188,6 +190,37 @@ def test_a_frozen_layer_makes_its_spectra_once_and_gives_the_same_result(monkeyp
     assert torch.equal(layer(u), expected) and len(made) == 2
 
 
+def test_frozen_spectra_do_not_survive_a_change_of_mode_an_address_or_a_copy():
+    torch.manual_seed(0)
+    layer, u = frozen(S4D(3)), torch.randn(2, 20, 3)
+    with torch.no_grad():
+        for _ in range(20):  # the allocator likes to hand out the address that was just freed
+            layer(u)
+            C = layer.C + 1
+            del layer.C
+            layer.C = torch.nn.Parameter(C.clone(), requires_grad=False)
+            del C
+            assert torch.allclose(layer(u), layer.recurrence(u), atol=1e-3)
+        assert layer._spectra is not None and copy.deepcopy(layer)._spectra is None
+        assert pickle.loads(pickle.dumps(layer))._spectra is None
+    torch.nn.Sequential(layer).train()  # compiled training leaves no trace in the parameters
+    assert layer._spectra is None
+
+
+def test_layers_made_in_inference_mode_work_and_follow_their_parameters():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        layer, u = frozen(S4D(3)), torch.randn(2, 20, 3)
+        layer(u)
+        layer.C.mul_(2)
+        assert torch.allclose(layer(u), layer.recurrence(u), atol=1e-4)
+
+
+def test_refuses_an_empty_sequence():
+    with pytest.raises(ValueError, match="nothing to convolve"):
+        S4D(3)(torch.zeros(2, 0, 3))
+
+
 @pytest.mark.parametrize("change", ["in place", "optimizer", "load", "double", "replace", "data", "ema"])
 def test_frozen_spectra_follow_every_change_of_the_parameters(change):
     torch.manual_seed(0)
@@ -265,18 +298,37 @@ def test_the_operator_keeps_the_rules_of_torch_library():
     assert torch.autograd.gradcheck(convolution.s4d_convolution, double)
 
 
-def test_kernels_are_made_in_full_precision_whatever_the_process_allows(monkeypatch):
+def allow_rounded_products(way: str) -> None:
+    if way == "legacy":
+        torch.set_float32_matmul_precision("medium")
+    else:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+@pytest.mark.parametrize("way", ["legacy", "per backend"])
+def test_kernels_are_made_in_full_precision_whatever_the_process_allows(monkeypatch, way):
+    is_new = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    if way == "per backend" and not is_new:
+        pytest.skip("torch 2.9")
+
+    def precision() -> object:
+        if is_new:
+            return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+        return torch.get_float32_matmul_precision()
+
     torch.manual_seed(0)
     layer, u = S4D(4), torch.randn(2, 100, 4, requires_grad=True)
     seen = []
-    product = torch.bmm
+    product, at_start = torch.bmm, precision()
 
     def spy(a: Tensor, b: Tensor) -> Tensor:
-        seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        seen.append((precision(), torch.is_autocast_enabled("cpu")))
         return product(a, b)
 
     monkeypatch.setattr(torch, "bmm", spy)
-    torch.set_float32_matmul_precision("medium")
+    allow_rounded_products(way)
+    allowed = precision()
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = layer(u)
@@ -284,10 +336,14 @@ def test_kernels_are_made_in_full_precision_whatever_the_process_allows(monkeypa
         y.sum().backward()
         with torch.no_grad():
             frozen(layer)(u)
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert precision() == allowed
     finally:
-        torch.set_float32_matmul_precision("highest")
-    assert len(seen) >= 8 and set(seen) == {("highest", False)}
+        if is_new:
+            torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = at_start
+        if way == "legacy":
+            torch.set_float32_matmul_precision("highest")
+    exact = ("ieee", "ieee") if is_new else "highest"
+    assert len(seen) >= 8 and set(seen) == {(exact, False)}
 
 
 def test_initial_states_are_the_published_ones():
