@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to measured samples: trains DiffuSSM on real handwritten digits, samples, evaluates.
 #
-#   bash scripts/quickstart.sh            about 7 minutes on 2 CPU cores, after installation
+#   bash scripts/quickstart.sh            4 to 7 minutes on 2 CPU cores, after installation
 #   bash scripts/quickstart.sh --short    about a minute: everything runs, the digits are not good yet
 #
 # Run it again: it continues what was interrupted and only reports what is finished.

@@ -19,7 +19,6 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
-from torch.utils.checkpoint import checkpoint
 
 from diffussm.models.layers import (
     DownScale,
@@ -29,6 +28,7 @@ from diffussm.models.layers import (
     gated_sum,
     linear,
     modulate,
+    recomputed,
     require_choice,
     require_positive,
     sincos_positions,
@@ -163,8 +163,8 @@ class DiffuSSM(nn.Module):
             x = x + sincos_positions(x.shape[-1], height, width, x.device)[:: self.group_size].to(x)
         orders = {name: _token_order(name, height, width, x.device) for name in set(self.orders)}
         for block, order in zip(self.blocks, self.orders, strict=True):
-            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, orders[order], use_reentrant=False)
+            if self.activation_checkpointing and self.training:
+                x = recomputed(block, x, c, orders[order])
             else:
                 x = block(x, c, orders[order])
         x = self.final_layer(x, c)

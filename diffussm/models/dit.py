@@ -16,7 +16,6 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
 from diffussm.models.layers import (
     LabelEmbedder,
@@ -24,6 +23,7 @@ from diffussm.models.layers import (
     gated_sum,
     linear,
     modulate,
+    recomputed,
     require_choice,
     require_positive,
     sincos_positions,
@@ -137,8 +137,7 @@ class DiT(nn.Module):
             x = torch.cat([x, condition], dim=1)
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
-                # Blocks draw no random numbers, so there is no state to keep for the second pass.
-                x = checkpoint(block, x, condition, use_reentrant=False, preserve_rng_state=False)
+                x = recomputed(block, x, condition)
             else:
                 x = block(x, condition)
         x = self.final_layer(x[:, :num_tokens], condition)  # (B, L, p p C_out)

@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Role = Literal["decay", "no_decay", "ssm"]
 Tagged = TypeVar("Tagged", bound=nn.Parameter | nn.Module)
@@ -167,6 +168,12 @@ class LabelEmbedder(nn.Module):
     def dropped(self, drop_uniform: Float[Tensor, "B"]) -> Bool[Tensor, "B"]:
         """Which labels these uniform draws in [0, 1) drop."""
         return drop_uniform < self.dropout_prob
+
+
+def recomputed(block: nn.Module, *inputs: Any) -> Tensor:
+    """A block's output, of whose computation only the inputs are kept: it is done again in the backward pass."""
+    # Blocks draw no random numbers, so there is no state to keep for the second time.
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def modulate(

@@ -26,7 +26,7 @@ from diffussm.models.convolution import (
     multiply,
     s4d_convolution,
 )
-from diffussm.models.layers import require_choice, tag
+from diffussm.models.layers import require_choice, require_positive, tag
 
 Direction = Literal["forward", "backward"]
 Init = Literal["lin", "inv", "legs"]
@@ -59,6 +59,7 @@ class S4D(nn.Module):
         learn_B: bool = True,
     ) -> None:
         super().__init__()
+        require_positive(d_model=d_model)
         if d_state < 2 or d_state % 2:
             raise ValueError(f"d_state={d_state}: must be even and at least 2 (it counts conjugate pairs)")
         if not 0 < dt_min <= dt_max:

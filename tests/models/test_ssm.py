@@ -216,7 +216,9 @@ def test_layers_made_in_inference_mode_work_and_follow_their_parameters():
         assert torch.allclose(layer(u), layer.recurrence(u), atol=1e-4)
 
 
-def test_refuses_an_empty_sequence():
+def test_refuses_an_empty_sequence_and_no_channels():
+    with pytest.raises(ValueError, match="d_model=0"):
+        S4D(0)
     with pytest.raises(ValueError, match="nothing to convolve"):
         S4D(3)(torch.zeros(2, 0, 3))
 
