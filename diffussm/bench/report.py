@@ -42,7 +42,7 @@ class Verdict:
 
 
 class Report:
-    """What was measured so far, written anew by `save` after every group."""
+    """What was measured so far, written anew by `save`."""
 
     def __init__(self, out: Path, command: str, setup: Setup) -> None:
         self.out, self.command, self.setup = out, command, setup
@@ -225,7 +225,7 @@ def _measurement_cells(measurement: Measurement) -> tuple[str, ...]:
         measurement.subject,
         f"{measurement.parameters:,}",
         f"{1e3 * timing.seconds:,.2f}",
-        f"{timing.spread / timing.seconds:.0%}",
+        f"{timing.spread / timing.seconds:.0%}" if timing.repetitions > 1 else "-",
         str(timing.repetitions),
         f"{measurement.peak_bytes / 2**20:,.1f}",
         f"{_rate(measurement) / 1e9:,.1f}" if has_rate else "",

@@ -39,17 +39,20 @@ def _rows(name: str, model: DictConfig, resolutions: list[int]) -> Iterator[tupl
         side = pixels // PIXELS_PER_LATENT
         if "input_size" in model:  # models with drawn positions know the size of their latents
             model.input_size = side
+        patch_size = model.get("patch_size", 1)
+        if patch_size > 0 and side % patch_size:
+            raise ConfigError(f"resolutions=[{pixels}]: {side}x{side} latents: not divisible by {patch_size=}")
+        with torch.device("meta"):
+            network = construct(model, "model")
         try:
-            with torch.device("meta"):
-                network = construct(model, "model")
             cost = measure_complexity(network, (model.in_channels, side, side))
-        except (ValueError, ConfigError) as error:
+        except ValueError as error:
             raise ConfigError(f"resolutions=[{pixels}]: {error}") from error
         yield (
             name,
             f"{cost.parameters:,}",
             str(pixels),
-            f"{(side // model.get('patch_size', 1)) ** 2:,}",
+            f"{(side // patch_size) ** 2:,}",
             f"{cost.macs / 1e9:,.2f}",
             f"{cost.ssm_flops / 1e9:,.2f}",
             f"{cost.activation_bytes / 2**20:,.0f}",

@@ -3,6 +3,8 @@
 import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +46,9 @@ def test_diffussm_compiles_in_one_graph_and_trains_alike(options):
     check(f"DiffuSSM({SMALL}, d_state=4{options})")
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+HEADER = Path(sysconfig.get_path("include"), "Python.h")
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and HEADER.exists()), reason="inductor needs a compiler and Python.h")
 def test_diffussm_trains_alike_with_generated_code():
     check(f"DiffuSSM({SMALL}, d_state=4)", "inductor")
