@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from diffussm.models.layers import (
+    Denoiser,
     DownScale,
-    LabelEmbedder,
-    TimestepEmbedder,
     UpScale,
     gated_sum,
     linear,
@@ -40,7 +39,7 @@ TokenOrder = Literal["raster", "serpentine", "alternating"]
 Positions = Literal["none", "sincos"]
 
 
-class DiffuSSM(nn.Module):
+class DiffuSSM(Denoiser):
     """Predict the noise, and the variance if `learn_sigma`, of a noisy latent at timestep t.
 
     Args:
@@ -83,8 +82,8 @@ class DiffuSSM(nn.Module):
         learn_B: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        require_positive(hidden_size=hidden_size, depth=depth, in_channels=in_channels)
+        super().__init__(in_channels, num_classes, learn_sigma)
+        require_positive(hidden_size=hidden_size, depth=depth)
         require_positive(hourglass_ratio=hourglass_ratio, patch_size=patch_size)
         if hidden_size % hourglass_ratio:
             raise ValueError(f"hidden_size={hidden_size}: must be divisible by hourglass_ratio={hourglass_ratio}")
@@ -93,7 +92,6 @@ class DiffuSSM(nn.Module):
         require_choice("positions", positions, Positions)
         if positions == "sincos":
             sincos_positions(hidden_size, 1, 1)  # refuses a width that it does not fit
-        self.in_channels, self.num_classes, self.learn_sigma = in_channels, num_classes, learn_sigma
         self.hourglass_ratio, self.patch_size, self.positions = hourglass_ratio, patch_size, positions
         self.activation_checkpointing = activation_checkpointing
         # how many tokens share one vector of the residual stream
@@ -105,10 +103,7 @@ class DiffuSSM(nn.Module):
 
         pixels = patch_size**2 * self.group_size
         self.x_embedder = linear(in_channels * pixels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = (
-            None if num_classes is None else LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        )
+        self.make_embedders(hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList(
             DiffuSSMBlock(
                 hidden_size,
@@ -127,12 +122,7 @@ class DiffuSSM(nn.Module):
             )
             for _ in range(depth)
         )
-        self.final_layer = FinalLayer(hidden_size, in_channels * (2 if learn_sigma else 1) * pixels)
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that stands for "no class", None if the model knows none."""
-        return None if self.y_embedder is None else self.y_embedder.null_label
+        self.final_layer = FinalLayer(hidden_size, self.out_channels * pixels)
 
     def forward(
         self,
@@ -150,11 +140,8 @@ class DiffuSSM(nn.Module):
                 by default they come from torch's global generator.
         """
         height, width = self._grid(x_t)
-        c = self.t_embedder(t)  # (B, D)
-        if self.y_embedder is not None:
-            c = c + self.y_embedder(y, len(x_t), drop_uniform)
-        elif y is not None:
-            raise ValueError("this model is unconditional (num_classes is null): call it without labels")
+        embeddings = self.embed(t, y, drop_uniform)
+        c = sum(embeddings[1:], start=embeddings[0])  # (B, D)
         patches = {"p": self.patch_size, "q": self.patch_size}
         x = rearrange(x_t, "b c (h p) (w q) -> b (h w) (p q c)", **patches)
         x = self.x_embedder(rearrange(x, "b (j m) i -> b j (m i)", m=self.group_size))  # (B, L or J, D)

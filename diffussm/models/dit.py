@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from diffussm.models.layers import (
-    LabelEmbedder,
-    TimestepEmbedder,
+    Denoiser,
     gated_sum,
     linear,
     modulate,
@@ -33,7 +32,7 @@ from diffussm.models.layers import (
 Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 
 
-class DiT(nn.Module):
+class DiT(Denoiser):
     """Predict the noise, and the variance if `learn_sigma`, of a noisy latent at timestep t.
 
     Args:
@@ -67,8 +66,8 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        require_positive(in_channels=in_channels, input_size=input_size, patch_size=patch_size)
+        super().__init__(in_channels, num_classes, learn_sigma)
+        require_positive(input_size=input_size, patch_size=patch_size)
         require_positive(hidden_size=hidden_size, depth=depth, num_heads=num_heads)
         require_choice("conditioning", conditioning, Conditioning)
         if hidden_size % num_heads:
@@ -78,17 +77,13 @@ class DiT(nn.Module):
         mlp_size = round(hidden_size * mlp_ratio)
         if mlp_size < 1:
             raise ValueError(f"mlp_ratio={mlp_ratio}: must make the MLP at least one wide")
-        self.in_channels, self.num_classes, self.learn_sigma = in_channels, num_classes, learn_sigma
         self.input_size, self.patch_size, self.conditioning = input_size, patch_size, conditioning
         self.num_heads, self.activation_checkpointing = num_heads, activation_checkpointing
 
         side = input_size // patch_size
         self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
         self.register_buffer("pos_embed", sincos_positions(hidden_size, side, side)[None])
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = (
-            None if num_classes is None else LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        )
+        self.make_embedders(hidden_size, class_dropout_prob)
         self.has_adaln = conditioning in ("adaln_zero", "adaln")
         self.blocks = nn.ModuleList(
             AdaLNBlock(hidden_size, num_heads, mlp_size, gated=conditioning == "adaln_zero")
@@ -96,13 +91,7 @@ class DiT(nn.Module):
             else PlainBlock(hidden_size, num_heads, mlp_size, cross_attention=conditioning == "cross_attention")
             for _ in range(depth)
         )
-        out_channels = in_channels * (2 if learn_sigma else 1)
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels, has_adaln=self.has_adaln)
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that stands for "no class", None if the model knows none."""
-        return None if self.y_embedder is None else self.y_embedder.null_label
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels, has_adaln=self.has_adaln)
 
     def forward(
         self,
@@ -122,11 +111,7 @@ class DiT(nn.Module):
         height, width = x_t.shape[-2:]
         if (height, width) != (self.input_size, self.input_size):
             raise ValueError(f"input_size={self.input_size}: {height}x{width} latents need another model")
-        embeddings = [self.t_embedder(t)]  # (B, D) each
-        if self.y_embedder is not None:
-            embeddings.append(self.y_embedder(y, len(x_t), drop_uniform))
-        elif y is not None:
-            raise ValueError("this model is unconditional (num_classes is null): call it without labels")
+        embeddings = self.embed(t, y, drop_uniform)  # (B, D) each
         x = self.x_embedder(x_t) + self.pos_embed  # (B, L, D); fp32 positions keep the stream fp32 under autocast
         num_tokens = x.shape[1]
         if self.has_adaln:

@@ -170,6 +170,38 @@ class LabelEmbedder(nn.Module):
         return drop_uniform < self.dropout_prob
 
 
+class Denoiser(nn.Module):
+    """What the networks have in common: they are called as (x_t, t, y, drop_uniform) and embed t and y alike."""
+
+    def __init__(self, in_channels: int, num_classes: int | None, learn_sigma: bool) -> None:
+        super().__init__()
+        require_positive(in_channels=in_channels)
+        self.in_channels, self.num_classes, self.learn_sigma = in_channels, num_classes, learn_sigma
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+
+    def make_embedders(self, hidden_size: int, class_dropout_prob: float) -> None:
+        """Add `t_embedder` and `y_embedder` (None for an unconditional model)."""
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = (
+            None if self.num_classes is None else LabelEmbedder(self.num_classes, hidden_size, class_dropout_prob)
+        )
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for "no class", None if the model knows none."""
+        return None if self.y_embedder is None else self.y_embedder.null_label
+
+    def embed(
+        self, t: Tensor, y: Int[Tensor, "B"] | None, drop_uniform: Float[Tensor, "B"] | None
+    ) -> list[Float[Tensor, "B D"]]:
+        """The vectors of t and, in a conditional model, of y; None for y is the null label."""
+        if self.y_embedder is None:
+            if y is not None:
+                raise ValueError("this model is unconditional (num_classes is null): call it without labels")
+            return [self.t_embedder(t)]
+        return [self.t_embedder(t), self.y_embedder(y, len(t), drop_uniform)]
+
+
 def recomputed(block: nn.Module, *inputs: Any) -> Tensor:
     """A block's output, of whose computation only the inputs are kept: it is done again in the backward pass."""
     # Blocks draw no random numbers, so there is no state to keep for the second time.
