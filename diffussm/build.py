@@ -7,7 +7,7 @@ with the key in it, whether it came from the command line, a file or Python.
 import inspect
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -19,20 +19,23 @@ from torch import Tensor, nn
 
 from diffussm.compose import compose_group
 from diffussm.config import leaves, nearest
-from diffussm.data.autoencoder import Autoencoder
+from diffussm.data.autoencoder import Autoencoder, IdentityAutoencoder
 from diffussm.data.images import ImageSource
 from diffussm.data.loader import BatchLoader
-from diffussm.diffusion.guidance import classifier_free_guidance
-from diffussm.diffusion.samplers import Denoiser, Noise, Sampler
+from diffussm.diffusion.guidance import Guidance, Guided
+from diffussm.diffusion.likelihood import variational_bound
+from diffussm.diffusion.objective import Objective
+from diffussm.diffusion.samplers import Noise, Sampler, ddim, ddim_inversion
 from diffussm.diffusion.schedule import Schedule
 from diffussm.evaluation.evaluator import Evaluation
 from diffussm.evaluation.generate import Generator
+from diffussm.evaluation.likelihood import ImageMeasure
 from diffussm.models import S4D
 from diffussm.report.grid import save_grid
-from diffussm.runtime.errors import ConfigError, RunDirectoryError, UserError
+from diffussm.runtime.errors import ConfigError, RunDirectoryError, UserError, note
 from diffussm.runtime.run_dir import RunDirectory
 from diffussm.runtime.seeding import derive_seed
-from diffussm.training.checkpoint import Checkpoint, CheckpointStore
+from diffussm.training.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from diffussm.training.logging import MetricsLog
 from diffussm.training.precision import Precision
 from diffussm.training.trainer import Periodic, Trainer
@@ -49,10 +52,10 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     return construct(compose_group("model", name, overrides), "model")
 
 
-def build_source(config: DictConfig) -> ImageSource:
+def build_source(data: DictConfig, model: DictConfig) -> ImageSource:
     """The data set, found to have labels that the model knows."""
-    source: ImageSource = construct(config.data, "data")
-    known, given = config.model.num_classes, source.num_classes
+    source: ImageSource = construct(data, "data")
+    known, given = model.num_classes, source.num_classes
     if known is not None and (given is None or given > known):
         has = "no class labels" if given is None else f"{given} classes"
         fix = "null" if given is None else given
@@ -69,53 +72,113 @@ class System:
     def __init__(self, config: DictConfig, image_shape: Sequence[int], device: torch.device) -> None:
         self.config, self.image_shape, self.device = config, tuple(image_shape), device
         self.autoencoder: Autoencoder = construct(config.autoencoder, "autoencoder")
-        self.schedule: Schedule = construct(config.diffusion, "diffusion").to(device)
+        process = construct(config.diffusion, "diffusion").to(device)
         channels, height, width = image_shape
         self.latent_shape = self.autoencoder.latent_shape((channels, height, width))
         check_latents(config.model, self.latent_shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "model"))
             self.model = construct(config.model, "model").to(device)
+        self.process = process
+        self.objective: Objective = construct(config.objective, "objective", schedule=process)
+        try:
+            self.objective.check_network(bool(config.model.get("learn_sigma")))
+        except ValueError as error:
+            raise ConfigError(_with_key("objective", error)) from error
 
-    def generator(self, model: nn.Module, sampler_config: DictConfig, sampling: DictConfig) -> Generator:
-        """Generation with these weights, sampler and guidance."""
-        sampler = bound(sampler_config, "sampler")
-        self._try_out(sampler, sampler_config)
+    def generator(self, model: nn.Module, config: DictConfig) -> Generator:
+        """Generation with these weights and the sampler, guidance and sampling of `config`."""
+        sampling = config.sampling
+        if not config.sampler:
+            raise ConfigError("sampler=none: nothing can be drawn: choose a sampler")
+        sampler = bound(config.sampler, "sampler")
+        self._try_out(sampler)
         precision = Precision(sampling.precision, self.device)
-        null_label = getattr(model, "null_label", None)
-        denoiser: Denoiser = model
-        if sampling.guidance_scale != 1.0:
-            if null_label is None:
-                raise ConfigError(
-                    f"sampling.guidance_scale={sampling.guidance_scale}: needs a conditional model with "
-                    "class_dropout_prob above 0; 1.0 is no guidance"
-                )
-            denoiser = classifier_free_guidance(model, sampling.guidance_scale, null_label)
+        predict, num_classes = self._guided(model, config)
 
         @torch.no_grad()
         def sample(x_T: Tensor, y: Tensor | None, noise: Noise) -> Tensor:
             with precision.autocast():
-                return sampler(denoiser, self.schedule, x_T, y, noise)
+                return sampler(predict, self.process, x_T, y, noise)
 
         return Generator(
             sample=sample,
             to_pixels=self.autoencoder.to_pixels,
             latent_shape=self.latent_shape,
-            num_classes=self.config.model.num_classes,
+            num_classes=num_classes,
             seed=sampling.seed,
             batch_size=sampling.batch_size,
             device=self.device,
         )
 
-    def _try_out(self, sampler: Sampler, config: DictConfig) -> None:
+    def image_measures(
+        self, model: nn.Module, config: DictConfig, names: Collection[str]
+    ) -> dict[str, ImageMeasure]:
+        """Measures of real images: vlb, of the model itself, and inversion, of its guided deterministic DDIM."""
+        measures: dict[str, ImageMeasure] = {}
+        if not isinstance(self.process, Schedule):
+            raise ConfigError(f"metrics=[{', '.join(names)}]: rectified flow has no such measure: leave it out")
+        schedule, precision = self.process, Precision(config.sampling.precision, self.device)
+        if "vlb" in names:
+            if not isinstance(self.autoencoder, IdentityAutoencoder):
+                raise ConfigError("metrics=[vlb]: bits per dimension are of pixels, and this model sees latents")
+            predict = self.objective.predictor(model)
+            fixed_variance = self.config.objective.fixed_variance
+
+            def vlb(x_0: Tensor, y: Tensor | None, noise: Noise) -> Mapping[str, Tensor]:
+                with precision.autocast():
+                    return variational_bound(predict, schedule, x_0, y, noise, fixed_variance)
+
+            measures["vlb"] = vlb
+        if "inversion" in names:
+            if not config.sampler or not config.sampler._target_.endswith(".ddim") or config.sampler.eta != 0:
+                raise ConfigError("metrics=[inversion]: inverts sampler=ddim with sampler.eta=0: choose these")
+            guided = self._guided(model, config).predict
+            steps = {"num_steps": config.sampler.num_steps, "spacing": config.sampler.spacing}
+
+            def inversion(x_0: Tensor, y: Tensor | None, noise: Noise) -> Mapping[str, Tensor]:
+                with precision.autocast():
+                    x_T = ddim_inversion(guided, schedule, x_0, y, **steps)
+                    back = ddim(guided, schedule, x_T, y, noise, **steps)
+                return {"inversion_rmse": (back - x_0).square().flatten(1).mean(dim=1).sqrt()}
+
+            measures["inversion"] = inversion
+        return measures
+
+    def _guided(self, model: nn.Module, config: DictConfig) -> Guided:
+        guidance: Guidance = construct(config.guidance, "guidance")
+        try:
+            return guidance(model, self.objective.predictor, self._load_companion)
+        except ValueError as error:
+            raise ConfigError(_with_key("guidance", error)) from error
+
+    def _try_out(self, sampler: Sampler) -> None:
         """Run the sampler on one number, so that options that cannot work fail here and now."""
         channels = 2 if self.config.model.get("learn_sigma") else 1
-        one = torch.zeros(1, 1, 1, 1)
-        schedule = self.schedule.to("cpu")
+        one = torch.zeros(1, 1, 1, 1, device=self.device)
         try:
-            sampler(lambda x, t, y: x.repeat(1, channels, 1, 1), schedule, one, None, lambda: one)
+            predict = self.objective.predictor(lambda x, t, y: x.repeat(1, channels, 1, 1))
+            sampler(predict, self.process, one, None, lambda: one)
         except ValueError as error:
             raise ConfigError(_with_key("sampler", error)) from error
+
+    def _load_companion(self, path: str, weights: str) -> nn.Module:
+        """The frozen network of another checkpoint, which has seen the same latents noised in the same way."""
+        checkpoint = find_checkpoint(Path(path), note, "guidance.checkpoint")
+        theirs = OmegaConf.create(checkpoint.document("config"))
+        assert isinstance(theirs, DictConfig)
+        refuse_foreign_code(theirs, str(checkpoint.path))
+        ours = self.config
+        for key in ("autoencoder", "diffusion", "objective.prediction"):
+            mine, other = OmegaConf.select(ours, key), OmegaConf.select(theirs, key)
+            if other is not None and mine != other:
+                raise ConfigError(
+                    f"guidance.checkpoint={path}: was trained with another {key}: {other}, not {mine}"
+                )
+        check_latents(theirs.model, self.latent_shape)
+        network = construct(theirs.model, "model").to(self.device)
+        load_weights(checkpoint, network, weights, "guidance.weights")
+        return network
 
 
 def check_latents(model: DictConfig, latent_shape: tuple[int, int, int]) -> None:
@@ -161,7 +224,7 @@ def build_trainer(
     settings["ema_decays"] = list(settings["ema_decays"])
     return Trainer(
         model=system.model,
-        objective=construct(config.objective, "objective", schedule=system.schedule),
+        objective=system.objective,
         batches=batches,
         to_latents=system.autoencoder.to_latents,
         optimizer=construct(config.optimizer, "optimizer", named_parameters=system.model.named_parameters()),
@@ -178,10 +241,12 @@ def build_trainer(
 
 def _periodic(system: System, run: RunDirectory, sample_every_images: int | None) -> list[Periodic]:
     config = system.config
-    system.generator(system.model, config.sampler, config.sampling)  # fails now rather than hours later
+    if not config.sampler:
+        return []
+    system.generator(system.model, config)  # fails now rather than hours later
 
     def draw_grid(model: nn.Module, images: int) -> Mapping[str, Any]:
-        generator = system.generator(model, config.sampler, config.sampling)
+        generator = system.generator(model, config)
         draw_samples(generator, run.samples / f"images-{images:012d}.png")
         forget_spectra(model)
         return {}
@@ -191,7 +256,7 @@ def _periodic(system: System, run: RunDirectory, sample_every_images: int | None
     if evaluation is not None and evaluation.every_images:
 
         def evaluate(model: nn.Module, images: int) -> Mapping[str, Any]:
-            metrics = evaluation.run(system.generator(model, config.sampler, config.sampling))
+            metrics = evaluation.run(system.generator(model, config))
             forget_spectra(model)
             return metrics
 
@@ -244,9 +309,9 @@ def choose_weights(checkpoint: Checkpoint, weights: str, key: str) -> str:
     return name
 
 
-def load_weights(checkpoint: Checkpoint, model: nn.Module, weights: str) -> str:
+def load_weights(checkpoint: Checkpoint, model: nn.Module, weights: str, key: str = "sampling.weights") -> str:
     """Load `weights` (ema, ema_<decay> or model) of a checkpoint into a model; returns their full name."""
-    name = choose_weights(checkpoint, weights, "sampling.weights")
+    name = choose_weights(checkpoint, weights, key)
     checkpoint.check_model(model.state_dict())
     model.load_state_dict(checkpoint.tensors(name))
     model.requires_grad_(False).eval()

@@ -62,8 +62,8 @@ def compose(
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_first_line(error)}") from error
     may_miss = {"run_dir"}  # which follows from name
-    if verb == "import":
-        may_miss.add("data.path")  # nothing is read but weights
+    if verb in ("import", "evaluate"):
+        may_miss.add("data.path")  # weights alone tell of no data, and few metrics look at any
     if missing := sorted(OmegaConf.missing_keys(config) - may_miss):
         raise ConfigError(f"{', '.join(missing)}: not set: add {' '.join(f'{key}=...' for key in missing)}")
     schema.validate(config)

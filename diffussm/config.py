@@ -63,7 +63,6 @@ class TrainerConfig:
 class SamplingConfig:
     """How images are generated, beside the sampler itself."""
 
-    guidance_scale: float = free(1.0)  # classifier-free; 1 is the conditional model
     batch_size: int = free(64)
     seed: int = free(0)
     weights: str = free("ema")  # of sample and evaluate: ema (the first average), ema_<decay>, or model
@@ -87,6 +86,7 @@ class TrainConfig:
     optimizer: Any = fixed()
     trainer: TrainerConfig = fixed(TrainerConfig)
     sampler: Any = free()
+    guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
     evaluation: Any = free()
 
@@ -102,6 +102,7 @@ class SampleConfig:
     num_images: int = free(100)
     classes: list[int] | None = free(None)  # rows of the grid; null: all classes, at most 10
     sampler: Any = free()
+    guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
 
 
@@ -113,9 +114,13 @@ class EvaluateConfig:
     trust_checkpoint: bool = free(False)  # build classes from outside diffussm that a checkpoint names
     out: str | None = free(None)  # null: results.json in the run directory
     device: str = free("auto")
+    metrics: list[str] | None = free(None)  # of METRICS; null: all that need samples only
+    likelihood_images: int | None = free(None)  # how many images vlb and inversion are measured on; null: all
     sampler: Any = free()
+    guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
     evaluation: Any = free()
+    data: Any = free()  # of vlb and inversion
 
 
 @dataclass
@@ -165,6 +170,8 @@ class BenchConfig:
     out: str = free("bench")  # directory of bench.json and bench.md
 
 
+SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "class_agreement")
+METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
 BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl")
 ROOTS = {
     "train": TrainConfig,
@@ -218,7 +225,9 @@ def validate(config: DictConfig) -> None:
             )
     if "num_images" in config:
         _require(config, "num_images", config.num_images >= 1, "must be at least 1")
-    if "autoencoder" in config and config.sampler.get("clip_x_0") is True:
+    if "metrics" in config:
+        _validate_metrics(config)
+    if config.get("autoencoder") and config.sampler and config.sampler.get("clip_x_0") is True:
         in_pixels = config.autoencoder._target_.endswith("IdentityAutoencoder")
         _require(config, "sampler.clip_x_0", in_pixels, "latents are not bounded: set it to false")
 
@@ -226,11 +235,19 @@ def validate(config: DictConfig) -> None:
 def _validate_sampling(config: DictConfig) -> None:
     sampling = config.sampling
     _require(config, "sampling.batch_size", sampling.batch_size >= 1, "must be at least 1")
-    _require(config, "sampling.guidance_scale", sampling.guidance_scale >= 0, "must be at least 0")
     _require(config, "sampling.seed", sampling.seed >= 0, "must be at least 0")
     _require_choice(config, "sampling.precision", ("fp32", "bf16", "fp16"))
     is_weights = sampling.weights in ("ema", "model") or sampling.weights.startswith("ema_")
     _require(config, "sampling.weights", is_weights, "choose ema, ema_<decay> or model")
+
+
+def _validate_metrics(config: DictConfig) -> None:
+    for name in config.metrics or []:
+        close = nearest(name, METRICS)
+        _require(config, "metrics", name in METRICS, f"choose from {', '.join(METRICS)}{close}")
+    _require(config, "metrics", config.metrics != [], "choose at least one, or null for those of the evaluation")
+    count = config.likelihood_images
+    _require(config, "likelihood_images", count is None or count >= 1, "must be at least 1, or null for all")
 
 
 def _validate_bench(config: DictConfig) -> None:

@@ -45,9 +45,15 @@ ALLOWED_WITHIN = {
     "diffusion": {
         "schedule": set(),
         "process": {"schedule"},
-        "loss": {"process", "schedule"},
-        "guidance": {"process", "schedule"},
+        "timesteps": set(),
+        "objective": {"process"},
+        "loss": {"objective", "process", "schedule", "timesteps"},
+        "classification": {"objective", "process", "schedule"},
+        "guidance": {"process"},
         "samplers": {"process", "schedule"},
+        "solvers": {"process", "samplers", "schedule"},
+        "flow": {"objective", "process", "samplers"},
+        "likelihood": {"loss", "objective", "process", "samplers", "schedule"},
         "__init__": set(),
     },
     "bench": {

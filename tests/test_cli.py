@@ -79,9 +79,9 @@ BAD_INPUT = [
     ),
     ((*DIGITS, "diffusion.beta_end=2"), 2, "diffusion.beta_start=0.0001, beta_end=2"),
     ((*DIGITS, "sampler.num_steps=2000"), 2, "sampler.num_steps=2000: must lie in 1..1000"),
-    ((*DIGITS, "sampler=ddpm", "model.learn_sigma=false"), 2, "sampler.variance=learned needs"),
-    ((*DIGITS, "sampling.guidance_scale=-1"), 2, "sampling.guidance_scale=-1"),
-    ((*DIGITS, "model.class_dropout_prob=0"), 2, "sampling.guidance_scale=1.25: needs a conditional model"),
+    ((*DIGITS, "sampler=ddpm", "model.learn_sigma=false"), 2, "sampler.variance=learned: needs"),
+    ((*DIGITS, "guidance.scale=-1"), 2, "guidance.scale=-1"),
+    ((*DIGITS, "model.class_dropout_prob=0"), 2, "guidance.scale=1.25: needs a conditional model"),
     ((*DIGITS, "objective.vb_weight=-1"), 2, "objective.vb_weight=-1"),
     ((*DIGITS, "evaluation.reference=nowhere.npz"), 65, "nowhere.npz"),
     ((*DIGITS, "evaluation.num_samples=2"), 2, "evaluation.k=3: must be at least 1 and below 2"),
@@ -90,7 +90,7 @@ BAD_INPUT = [
     ((*DIGITS, "device=cuda:99"), 2, "device=cuda:99"),
     ((*DIGITS, "trainer"), 2, "trainer: not an override"),
     ((*DIGITS, "a=[b"), 2, "a=[b"),
-    (("train", "experiment=digit"), 2, "experiment=digit: choose digits, digits_dit (did you mean digits?)"),
+    (("train", "experiment=digit"), 2, "experiment=digit: choose digits, digits_"),
     (("train",), 2, "data.path, name: not set: add data.path=... name=..."),
     (
         (*DIGITS, "trainer.batch_size=999999999"),
@@ -211,7 +211,7 @@ def test_an_evaluation_of_other_images_is_refused_before_training(in_tmp, capsys
         "model.in_channels=3",
         "model.num_classes=null",
     ]
-    assert main([*DIGITS, *overrides, "sampling.guidance_scale=1"]) == 2
+    assert main([*DIGITS, *overrides, "guidance.scale=1"]) == 2
     assert "evaluation.extractor: measures images of shape (1, 8, 8)" in capsys.readouterr().err
 
 
@@ -437,7 +437,7 @@ def test_an_unconditional_model_trains_and_samples_from_an_image_folder(in_tmp, 
         Image.new("RGB", (12, 10), (40 * index, 0, 0)).save(in_tmp / "images" / f"{index}.png")
     arguments = [
         "train", *SMALL_RUN, "name=folder", "data=image_folder", "data.path=images", "data.resolution=8",
-        "model.num_classes=null", "model.in_channels=3", "evaluation=none", "sampling.guidance_scale=1",
+        "model.num_classes=null", "model.in_channels=3", "evaluation=none", "guidance.scale=1",
     ]  # fmt: skip
     assert main([arg for arg in arguments if arg != "evaluation.num_samples=64"]) == 0
     shutil.rmtree("images")  # a checkpoint is all that sampling needs

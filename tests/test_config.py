@@ -24,6 +24,7 @@ def resolved(*overrides: str) -> dict:
 )
 def test_every_option_composes_and_matches_its_constructor(group, option):
     extra = ["data.path=somewhere"] if (group, option) == ("data", "image_folder") else []
+    extra += ["guidance.checkpoint=somewhere"] if option in ("autoguidance", "classifier") else []
     clip = ["sampler.clip_x_0=false"] if group in ("sampler", "autoencoder") else []
     chosen = compose("train", ["experiment=digits", f"{group}={option}", *extra, *clip])[group]
     assert not chosen or build.check_signature(chosen, group) == chosen
@@ -141,9 +142,9 @@ def test_users_may_bring_their_own_directory(tmp_path: Path):
 
 
 def test_groups_from_a_checkpoint_are_the_defaults_and_can_be_overridden():
-    trained = resolved("sampler.num_steps=7", "sampling.guidance_scale=3")
-    parts = {key: trained[key] for key in ("sampler", "sampling", "evaluation")}
+    trained = resolved("sampler.num_steps=7", "guidance.scale=3")
+    parts = {key: trained[key] for key in ("sampler", "guidance", "sampling", "evaluation")}
     chosen = compose("sample", ["checkpoint=x", "sampling.seed=9"], from_checkpoint=parts)
-    assert (chosen.sampler.num_steps, chosen.sampling.guidance_scale, chosen.sampling.seed) == (7, 3.0, 9)
+    assert (chosen.sampler.num_steps, chosen.guidance.scale, chosen.sampling.seed) == (7, 3.0, 9)
     chosen = compose("sample", ["checkpoint=x", "sampler=ddpm"], from_checkpoint=parts)
     assert chosen.sampler.num_steps == 250

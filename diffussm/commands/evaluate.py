@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from diffussm.build import build_evaluation, load_weights
+from diffussm.build import build_evaluation, build_source, load_weights
 from diffussm.commands import print_config
 from diffussm.commands.from_checkpoint import (
     build_system,
@@ -18,7 +18,9 @@ from diffussm.commands.from_checkpoint import (
     read_answer,
     run_path,
 )
+from diffussm.config import SAMPLE_METRICS
 from diffussm.evaluation.evaluator import table
+from diffussm.evaluation.likelihood import measure_images
 from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import ConfigError
 from diffussm.runtime.run_dir import write_json
@@ -34,32 +36,69 @@ def run(options: argparse.Namespace) -> int:
     checkpoint, trained, config = open_checkpoint(options)
     if options.print_config:
         return print_config(config)
-    evaluation = build_evaluation(config, checkpoint.document("train_state")["data"]["image_shape"])
-    if evaluation is None:
-        raise ConfigError("evaluation=none: nothing to measure: choose an evaluation")
-    request = {**make_request(checkpoint, config, ("evaluation",)), **evaluation.record()}
+    wanted = config.metrics or SAMPLE_METRICS
+    of_samples = [name for name in wanted if name in SAMPLE_METRICS]
+    of_images = [name for name in wanted if name not in SAMPLE_METRICS]
+    evaluation = None
+    if of_samples:
+        evaluation = build_evaluation(config, checkpoint.document("train_state")["data"]["image_shape"])
+        if evaluation is None:
+            raise ConfigError("evaluation=none: nothing to compare samples with: choose an evaluation")
+    system = build_system(checkpoint, trained, config.device)
+    request = make_request(checkpoint, config, ("metrics", *(["evaluation"] if of_samples else [])))
+    if evaluation is not None:
+        request |= evaluation.record()
+    measures, source = {}, None
+    if of_images:
+        measures = system.image_measures(system.model, config, of_images)
+        if missing := OmegaConf.missing_keys(config.data):
+            raise ConfigError(f"data.{missing.pop()}: not set: the run does not tell where images are: add it")
+        source = build_source(config.data, trained.model)
+        if tuple(source.image_shape) != system.image_shape:
+            raise ConfigError(f"data: gives images of {source.image_shape}, the model knows {system.image_shape}")
+        num_images = min(config.likelihood_images or len(source), len(source))
+        request["data"] = {**source.fingerprint, "measured": num_images}
     out = Path(config.out or run_path(checkpoint) / "results.json")
     history = out.with_suffix(".jsonl")
     results = _find(out, history, request)
     if results is None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        system = build_system(checkpoint, trained, config.device)
-        weights = load_weights(checkpoint, system.model, config.sampling.weights)
-        generator = system.generator(system.model, config.sampler, config.sampling)
-        progress = Progress(evaluation.num_samples, 0, "img")
-        metrics = evaluation.run(generator, progress.advance)
-        progress.close()
-        real = evaluation.real_against_real(system.device)
-        results = {"metrics": metrics, "real_against_real": real, "weights": weights, "request": request}
+        results = {"weights": load_weights(checkpoint, system.model, config.sampling.weights), "request": request}
+        if evaluation is not None:
+            generator = system.generator(system.model, config)
+            progress = Progress(evaluation.num_samples, 0, "img")
+            results["metrics"] = evaluation.run(generator, progress.advance, of_samples)
+            results["real_against_real"] = evaluation.real_against_real(system.device, of_samples)
+            progress.close()
+        if source is not None:
+            progress = Progress(num_images, 0, "img")
+            results["image_metrics"] = measure_images(
+                source,
+                measures,
+                system.autoencoder.to_latents,
+                num_images=num_images,
+                with_labels=trained.model.num_classes is not None,
+                seed=config.sampling.seed,
+                batch_size=config.sampling.batch_size,
+                device=system.device,
+                advance=progress.advance,
+            )
+            progress.close()
         with history.open("a") as file:
             file.write(json.dumps(results) + "\n")
         write_json(out, results)
-    rows = {f"{results['weights']}, {_describe(config)}": results["metrics"]}
-    if results["real_against_real"]:
-        rows["real against real"] = results["real_against_real"]
-    print(table(rows))
+    print(table(_rows(results, config)))
     print(f"results      {out}")
     return 0
+
+
+def _rows(results: Mapping[str, Any], config: DictConfig) -> dict[str, Mapping[str, Any]]:
+    rows = {
+        f"{results['weights']}, {_describe(config)}": results.get("metrics"),
+        "real against real": results.get("real_against_real"),
+        f"{results['weights']}, on images": results.get("image_metrics"),
+    }
+    return {name: row for name, row in rows.items() if row}
 
 
 def _find(out: Path, history: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -73,5 +112,8 @@ def _find(out: Path, history: Path, request: Mapping[str, Any]) -> dict[str, Any
 
 
 def _describe(config: DictConfig) -> str:
-    sampler = config.sampler._target_.rpartition(".")[2]
-    return f"{sampler} {config.sampler.get('num_steps')} steps, guidance {config.sampling.guidance_scale:g}"
+    sampler, guidance = config.sampler, config.guidance
+    name = sampler.get("scheduler") or sampler._target_.rpartition(".")[2]
+    way = guidance._target_.rpartition(".")[2]
+    guided = "guidance" if way == "ClassifierFree" else f"{way.lower()} guidance"
+    return f"{name} {sampler.get('num_steps')} steps, {guided} {guidance.scale:g}"

@@ -27,11 +27,12 @@ def open_checkpoint(options: argparse.Namespace) -> tuple[Checkpoint, DictConfig
     if not given:
         raise ConfigError("checkpoint: not set: add checkpoint=RUN_DIRECTORY")
     checkpoint = find_checkpoint(Path(str(given)), note)
-    trained = OmegaConf.create(checkpoint.document("config"))
+    document = checkpoint.document("config")
+    trained = OmegaConf.create(document)
     assert isinstance(trained, DictConfig)
     if override_value(options.overrides, "trust_checkpoint") is not True:
         refuse_foreign_code(trained, str(checkpoint.path))
-    groups = {key: trained[key] for key in ("sampler", "sampling", "evaluation")}
+    groups = {key: document[key] for key in ("sampler", "guidance", "sampling", "evaluation", "data")}
     return checkpoint, trained, compose(options.verb, options.overrides, options.config_dir, groups)
 
 
@@ -43,9 +44,13 @@ def build_system(checkpoint: Checkpoint, trained: DictConfig, device: str) -> Sy
 
 def make_request(checkpoint: Checkpoint, config: DictConfig, keys: Sequence[str]) -> dict[str, Any]:
     """The checkpoint, sampler, sampling settings and `keys` of a configuration, as JSON."""
-    chosen = {key: config[key] for key in ("sampler", "sampling", *keys)}
+    chosen = {key: config[key] for key in ("sampler", "guidance", "sampling", *keys)}
     settings = OmegaConf.to_container(OmegaConf.create(chosen), resolve=True)
     assert isinstance(settings, dict)
+    companion = config.guidance.get("checkpoint")
+    if companion is not None:
+        found = find_checkpoint(Path(companion), note, "guidance.checkpoint")
+        settings["guidance"]["checkpoint"] = {"path": str(found.path), "sha256": found.sha256}
     return {
         "checkpoint": {"path": str(checkpoint.path), "sha256": checkpoint.sha256},
         **{str(key): value for key, value in settings.items()},
@@ -53,8 +58,10 @@ def make_request(checkpoint: Checkpoint, config: DictConfig, keys: Sequence[str]
 
 
 def digest(request: Mapping[str, Any]) -> str:
-    """Equal for requests that have one result: where the checkpoint lies does not count."""
-    essence = {**request, "checkpoint": request["checkpoint"]["sha256"]}
+    """Equal for requests that have one result: where the checkpoints lie does not count."""
+    essence = {**request, "checkpoint": request["checkpoint"]["sha256"], "guidance": dict(request["guidance"])}
+    if "checkpoint" in essence["guidance"]:
+        essence["guidance"]["checkpoint"] = essence["guidance"]["checkpoint"]["sha256"]
     return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
     system = build_system(checkpoint, trained, config.device)
     weights = load_weights(checkpoint, system.model, config.sampling.weights)
-    generator = system.generator(system.model, config.sampler, config.sampling)
+    generator = system.generator(system.model, config)
     classes, labels = _choose_labels(config, generator.num_classes)
     write_json(out / "samples.json", {"request": request, "weights": weights, "complete": False})
     progress = Progress(config.num_images, 0, "img")

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     from diffussm.runtime.signals import StopRequest
 
     with StopRequest() as stop:
-        source = build_source(config)
+        source = build_source(config.data, config.model)
         system = System(config, source.image_shape, choose_device(config.device))
         trainer = build_trainer(system, source, directory, lambda: stop, note)
         len(source)  # reads the data, or says why it cannot, before anything is created

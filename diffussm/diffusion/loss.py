@@ -1,69 +1,102 @@
-"""The training objective: noise regression plus the variational bound that trains the variance.
+"""The objective of Gaussian diffusion: regression on eps, x_0 or v, and the variational bound.
 
-`DDPMObjective` first draws what is random about a step (`draw`, for the global batch, from one generator)
-and then evaluates the loss of any part of that batch (`__call__`), so that neither gradient accumulation
-nor the number of processes changes what a step trains on.
+    L_simple  = |target - prediction|^2, with min-SNR weights if asked for       (DDPM eq. 14, Min-SNR)
+    L_hybrid  = L_simple + vb_weight * L_t with the mean detached                (iDDPM eq. 16)
+    L_vlb     = T * L_t, an unbiased estimate of the bound                       (DDPM eq. 5)
+
+L_t is the bound's term of one timestep, in bits per dimension.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diffussm.diffusion.objective import Draws, Objective, mean_flat
 from diffussm.diffusion.process import (
+    FixedVariance,
     Gaussian,
-    learned_range_log_variance,
+    Network,
+    PredictionType,
+    Predictor,
+    Variance,
+    check_prediction,
+    interpret,
+    p_posterior,
+    predictor,
     q_posterior,
     q_sample,
     split_prediction,
-    x_0_from_eps,
+    v_from_x_0_and_eps,
 )
 from diffussm.diffusion.schedule import Schedule
+from diffussm.diffusion.timesteps import LossSecondMomentTimesteps, TimestepSampler, UniformTimesteps
+
+Loss = Literal["simple", "hybrid", "vlb"]
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What a training step draws at random, sample by sample."""
+class DDPMObjective(Objective):
+    """Train a network to predict eps, x_0 or v, and its variance if it learns one.
 
-    t: Int[Tensor, "B"]
-    noise: Float[Tensor, "B *S"]
-    drop_uniform: Float[Tensor, "B"]
+    iDDPM's L_hybrid adds 0.001 L_vlb, whose estimate from one timestep is T L_t: at T = 1000 the weight of L_t
+    is 1, at every T it is T / 1000. DiT's public configuration adds L_t unscaled, which at T = 1000 is the same;
+    so does ours (`vb_weight=1`), at every T.
 
-    def __getitem__(self, samples: slice) -> "Draws":
-        return Draws(self.t[samples], self.noise[samples], self.drop_uniform[samples])
-
-    def to(self, device: torch.device) -> "Draws":
-        """The same draws on `device`."""
-        return Draws(self.t.to(device), self.noise.to(device), self.drop_uniform.to(device))
-
-
-class DDPMObjective:
-    """L_hybrid = |eps - eps_theta|^2 + vb_weight * L_vb, the latter with the mean detached (iDDPM eq. 16).
-
-    L_vb is the one-timestep term of the bound in bits per dimension. At weight 1 and T = 1000 this is
-    DiT's public configuration and iDDPM's (which scales by T / 1000). Networks that do not learn sigma
-    are trained on the first term alone.
+    Args:
+        loss: simple (a network without learned variance), hybrid (without one, the same as simple) or vlb.
+        prediction: what the network's output means.
+        vb_weight: weight of L_t in the hybrid loss.
+        min_snr_gamma: weigh the squared error of x_0 by min(SNR, gamma), whatever is predicted (Hang et al.
+            2023); None: do not weigh the squared error of the prediction.
+        fixed_variance: of the reverse process, where the network learns none: beta or beta_tilde.
+        timesteps: drawn uniform, or by the loss's second moment (iDDPM section 3.3).
     """
 
-    def __init__(self, schedule: Schedule, vb_weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        loss: Loss = "hybrid",
+        prediction: PredictionType = "eps",
+        vb_weight: float = 1.0,
+        min_snr_gamma: float | None = None,
+        fixed_variance: FixedVariance = "beta_tilde",
+        timesteps: Literal["uniform", "loss_second_moment"] = "uniform",
+    ) -> None:
         if not 0 <= vb_weight < math.inf:
             raise ValueError(f"vb_weight={vb_weight}: must be finite and at least 0")
-        self.schedule, self.vb_weight = schedule, vb_weight
+        if min_snr_gamma is not None and not 0 < min_snr_gamma < math.inf:
+            raise ValueError(f"min_snr_gamma={min_snr_gamma}: must be positive and finite, or null")
+        if min_snr_gamma is not None and loss == "vlb":
+            raise ValueError("min_snr_gamma: weights the squared error, and loss=vlb has none: set it to null")
+        check_prediction(schedule, prediction)
+        self.schedule, self.loss, self.prediction, self.vb_weight = schedule, loss, prediction, vb_weight
+        self.min_snr_gamma, self.fixed_variance = min_snr_gamma, fixed_variance
+        by_moments = timesteps == "loss_second_moment"
+        self.timesteps: TimestepSampler = (LossSecondMomentTimesteps if by_moments else UniformTimesteps)(
+            len(schedule)
+        )
 
     @property
-    def num_timesteps(self) -> int:
-        """T, the range of the timesteps that `draw` draws."""
+    def num_timesteps(self) -> int:  # type: ignore[override]
+        """T."""
         return len(self.schedule)
 
+    def check_network(self, learn_sigma: bool) -> None:
+        """ValueError where a learned variance would remain untrained."""
+        if learn_sigma and self.loss == "simple":
+            raise ValueError("loss=simple: leaves a learned variance untrained: set model.learn_sigma=false")
+
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draws:
-        """Timesteps (uniform), noise and label-drop draws for a global batch of x_0 of this shape."""
+        """Timesteps, noise and label-drop draws for a global batch of x_0 of this shape."""
+        t, weight = self.timesteps.draw(shape[0], generator)
         return Draws(
-            t=torch.randint(len(self.schedule), shape[:1], generator=generator),
+            t=t,
             noise=torch.randn(shape, generator=generator),
             drop_uniform=torch.rand(shape[:1], generator=generator),
+            weight=weight,
         )
 
     def __call__(
@@ -73,16 +106,60 @@ class DDPMObjective:
         y: Int[Tensor, "B"] | None,
         draws: Draws,
     ) -> dict[str, Float[Tensor, "B"]]:
-        """Per-sample terms: `loss`, and its parts `mse` and (with a learned sigma) `vb`."""
-        schedule = self.schedule
-        x_t = q_sample(schedule, x_0, draws.t, draws.noise)
-        output = model(x_t, schedule.timesteps[draws.t], y, drop_uniform=draws.drop_uniform)
-        eps, v = split_prediction(output.to(x_0.dtype), x_0.shape[1])
-        mse = mean_flat((draws.noise - eps).square())
-        if v is None:
-            return {"loss": mse, "mse": mse}
-        vb = variational_bound_term(schedule, x_0, x_t, draws.t, eps.detach(), v)
-        return {"loss": mse + self.vb_weight * vb, "mse": mse, "vb": vb}
+        """Per-sample terms: `loss`, and its parts `mse` (of the prediction) and `vb` (L_t)."""
+        schedule, t, noise = self.schedule, draws.t, draws.noise
+        x_t = q_sample(schedule, x_0, t, noise)
+        output = model(x_t, t, y, drop_uniform=draws.drop_uniform)
+        value, variance_output = split_prediction(output.to(x_0.dtype), x_0.shape[1])
+        mse = mean_flat((self._target(x_0, t, noise) - value).square())
+        terms = {"mse": mse}
+        if self.loss == "vlb" or variance_output is not None:
+            mean_source = value if self.loss == "vlb" else value.detach()
+            prediction = interpret(schedule, x_t, t, mean_source, self.prediction, variance_output)
+            predicted = p_posterior(schedule, prediction, x_t, t, self._variance(variance_output))
+            terms["vb"] = variational_bound_term(schedule, x_0, x_t, t, predicted)
+        if self.loss == "vlb":
+            loss = self.num_timesteps * terms["vb"]
+        else:
+            loss = mse * self._snr_weight(t).to(mse.dtype)
+            if "vb" in terms:
+                loss = loss + self.vb_weight * terms["vb"]
+        return {"loss": draws.weight * loss, **terms}
+
+    def predictor(self, network: Network) -> Predictor:
+        """How samplers see a network that this objective trained."""
+        return predictor(network, self.schedule, self.prediction)
+
+    def observe(self, draws: Draws, loss: Float[Tensor, "B"]) -> None:
+        """See the (weighted) losses of a whole step, in the order of its draws."""
+        self.timesteps.observe(draws.t, loss / draws.weight.to(loss.device))
+
+    def state(self) -> dict[str, Tensor]:
+        """What its timestep sampler remembers."""
+        return self.timesteps.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        self.timesteps.load(state)
+
+    def _target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        if self.prediction == "v":
+            return v_from_x_0_and_eps(self.schedule, x_0, t, noise)
+        return x_0 if self.prediction == "x_0" else noise
+
+    def _snr_weight(self, t: Tensor) -> Tensor:
+        """min(SNR, gamma) over the weight that a plain squared error of the prediction gives that of x_0.
+
+        |eps|^2 weighs |x_0|^2 by SNR, |v|^2 by SNR + 1.
+        """
+        if self.min_snr_gamma is None:
+            return torch.ones((), device=t.device)
+        snr = self.schedule.snr[t]
+        implied = {"eps": snr, "x_0": torch.ones_like(snr), "v": snr + 1}[self.prediction]
+        return snr.clamp(max=self.min_snr_gamma) / implied
+
+    def _variance(self, variance_output: Tensor | None) -> Variance:
+        return self.fixed_variance if variance_output is None else "learned"
 
 
 def variational_bound_term(
@@ -90,14 +167,10 @@ def variational_bound_term(
     x_0: Float[Tensor, "B *S"],
     x_t: Float[Tensor, "B *S"],
     t: Int[Tensor, "B"],
-    eps: Float[Tensor, "B *S"],
-    v: Float[Tensor, "B *S"],
+    predicted: Gaussian,
 ) -> Float[Tensor, "B"]:
     """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), L_0 = -log p(x_0 | x_1); bits per dimension."""
-    true = q_posterior(schedule, x_0, x_t, t)
-    mean = q_posterior(schedule, x_0_from_eps(schedule, x_t, t, eps), x_t, t).mean
-    predicted = Gaussian(mean, learned_range_log_variance(schedule, t, v))
-    kl = mean_flat(normal_kl(true, predicted)) / math.log(2)
+    kl = mean_flat(normal_kl(q_posterior(schedule, x_0, x_t, t), predicted)) / math.log(2)
     nll = mean_flat(-discretized_gaussian_log_likelihood(x_0, predicted)) / math.log(2)
     return torch.where(t == 0, nll, kl)
 
@@ -117,8 +190,3 @@ def discretized_gaussian_log_likelihood(x: Tensor, p: Gaussian) -> Tensor:
     upper = torch.where(x > 0.999, torch.ones_like(upper), upper)
     lower = torch.where(x < -0.999, torch.zeros_like(lower), lower)
     return (upper - lower).clamp_min(1e-12).log()
-
-
-def mean_flat(x: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
-    """Mean over all dimensions but the first."""
-    return x.flatten(1).mean(dim=1)

@@ -5,7 +5,7 @@ import math
 import platform
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,20 +82,27 @@ class Evaluation:
         self.num_samples, self.every_images = num_samples, every_images
         self.k, self.class_agreement = k, class_agreement
 
-    def run(self, generator: Generator, advance: Any = lambda images: None) -> dict[str, Any]:
-        """Metrics of `num_samples` images; `advance(n)` is told of every n that are done."""
+    def run(
+        self,
+        generator: Generator,
+        advance: Any = lambda images: None,
+        wanted: Collection[str] | None = None,
+    ) -> dict[str, Any]:
+        """Metrics of `num_samples` images: the `wanted` or all; `advance(n)` is told of every n that are done."""
         started = time.perf_counter()
-        metrics = self._measure(self._generated(generator, advance), generator.device)
+        metrics = self._measure(self._generated(generator, advance), generator.device, wanted)
         seconds = time.perf_counter() - started
         return {**metrics, "num_samples": self.num_samples, "images_per_second": self.num_samples / seconds}
 
-    def real_against_real(self, device: torch.device) -> dict[str, Any] | None:
+    def real_against_real(
+        self, device: torch.device, wanted: Collection[str] | None = None
+    ) -> dict[str, Any] | None:
         """The same metrics of the reference's held-out images, None if it has none."""
         images = self.reference.held_out
         if images is None:
             return None
         batch = Generated(range(len(images)), images, self.reference.held_out_labels)
-        return {**self._measure([batch], device), "num_samples": len(images)}
+        return {**self._measure([batch], device, wanted), "num_samples": len(images)}
 
     def record(self) -> dict[str, Any]:
         """What, besides the samples, decides the numbers."""
@@ -121,7 +128,9 @@ class Evaluation:
             advance(len(batch.indices))
 
     @torch.no_grad()
-    def _measure(self, batches: Iterable[Generated], device: torch.device) -> dict[str, Any]:
+    def _measure(
+        self, batches: Iterable[Generated], device: torch.device, wanted: Collection[str] | None = None
+    ) -> dict[str, Any]:
         extractor = self.extractor.to(device)
         pool_statistics = FeatureStatistics(len(self.reference.pool[0]))
         spatial_statistics = FeatureStatistics(len(self.reference.spatial[0]))
@@ -137,20 +146,25 @@ class Evaluation:
                 agreed += int((features.logits.argmax(dim=1).cpu() == batch.labels).sum())
                 labelled += len(batch.labels)
         suffix = f"-{extractor.name}" if extractor.name else ""
-        reference_pool = torch.cat([extractor(c.to(device)).pool.cpu() for c in self.reference.images.split(512)])
-        precision, recall = precision_recall(reference_pool, torch.cat(pools), self.k)
-        metrics: dict[str, Any] = {
-            f"FID{suffix}": frechet_distance(
-                pool_statistics.mean, pool_statistics.covariance, *self.reference.pool
-            ),
-            f"sFID{suffix}": frechet_distance(
-                spatial_statistics.mean, spatial_statistics.covariance, *self.reference.spatial
-            ),
-            "IS": inception_score(torch.cat(logits)),
-            "precision": precision,
-            "recall": recall,
-        }
-        if self.class_agreement:
+
+        def is_wanted(name: str) -> bool:
+            return wanted is None or name.lower() in wanted
+
+        metrics: dict[str, Any] = {}
+        for name, statistics, reference in (
+            ("FID", pool_statistics, self.reference.pool),
+            ("sFID", spatial_statistics, self.reference.spatial),
+        ):
+            if is_wanted(name):
+                metrics[name + suffix] = frechet_distance(statistics.mean, statistics.covariance, *reference)
+        if is_wanted("IS"):
+            metrics["IS"] = inception_score(torch.cat(logits))
+        if is_wanted("precision") or is_wanted("recall"):
+            chunks = [extractor(chunk.to(device)).pool.cpu() for chunk in self.reference.images.split(512)]
+            both = precision_recall(torch.cat(chunks), torch.cat(pools), self.k)
+            found = zip(("precision", "recall"), both, strict=True)
+            metrics |= {name: value for name, value in found if is_wanted(name)}
+        if self.class_agreement and is_wanted("class_agreement"):
             metrics["class_agreement"] = agreed / labelled if labelled else None
         return metrics
 

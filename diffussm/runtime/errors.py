@@ -5,6 +5,13 @@
 Each error's message is one line for a person: what is wrong, where, and what to change.
 """
 
+import sys
+
+
+def note(line: str) -> None:
+    """A remark for a person, on stderr."""
+    print(f"diffussm: {line}", file=sys.stderr, flush=True)
+
 
 class UserError(Exception):
     """An end that the command line reports as one line, with the class's exit code."""

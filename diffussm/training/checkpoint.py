@@ -23,7 +23,7 @@ from torch import Tensor
 from diffussm.runtime.errors import RunDirectoryError, StorageError
 from diffussm.runtime.run_dir import sync_directory, write_and_sync
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _PUBLISHED = re.compile(r"step-\d{12}")
 _FILE = re.compile(r"[A-Za-z0-9_.\-]+\.(safetensors|json)")
@@ -151,15 +151,15 @@ class CheckpointStore:
         return sorted(path for path in self.root.iterdir() if _PUBLISHED.fullmatch(path.name))
 
 
-def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> Checkpoint:
-    """A checkpoint from its own directory, or the newest valid one of a run directory."""
+def find_checkpoint(path: Path, warn: Callable[[str], None] = print, key: str = "checkpoint") -> Checkpoint:
+    """A checkpoint from its own directory, or the newest valid one of a run directory; errors name `key`."""
     if (path / MANIFEST).exists() or _PUBLISHED.fullmatch(path.name):
         return Checkpoint(path)
     root = path if path.name == "checkpoints" else path / "checkpoints"
     checkpoint = CheckpointStore(root, warn=warn).newest_valid()
     if checkpoint is None:
         raise RunDirectoryError(
-            f"checkpoint={path}: no checkpoint there: give a run directory or one of its checkpoints/step-..."
+            f"{key}={path}: no checkpoint there: give a run directory or one of its checkpoints/step-..."
         )
     return checkpoint
 

@@ -58,7 +58,10 @@ class Draws(Protocol):
 
 
 class Objective(Protocol):
-    """What is minimised: `draw` all randomness of a global batch, then terms (B,) of any slice of it."""
+    """What is minimised: `draw` all randomness of a global batch, then terms (B,) of any slice of it.
+
+    It may `observe` the losses of a whole step; what it then remembers is its `state`.
+    """
 
     @property
     def num_timesteps(self) -> int: ...
@@ -66,6 +69,9 @@ class Objective(Protocol):
     def __call__(
         self, model: Callable[..., Tensor], x_0: Tensor, y: Tensor | None, draws: Any
     ) -> dict[str, Tensor]: ...
+    def observe(self, draws: Any, loss: Tensor) -> None: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,7 @@ class Trainer:
         """Backward through the mean loss of the global batch, in slices that fit the device."""
         generator = make_generator(self.seed, "step", self.step)
         draws: Draws | None = None
+        losses = []
         for start in range(0, self.batch_size, self.device_batch_size):
             part = slice(start, start + self.device_batch_size)
             x_0 = self.to_latents(batch.images[part].to(self.device, non_blocking=True))
@@ -196,6 +203,8 @@ class Trainer:
             loss = terms["loss"].sum() / self.batch_size
             self.precision.scaler.scale(loss).backward()
             self.window.add_losses(terms, mine.t)
+            losses.append(terms["loss"].detach())
+        self.objective.observe(draws, torch.cat(losses))
 
     def clip_gradients(self) -> Tensor:
         """Bring the gradient's norm to at most `max_grad_norm`; returns the norm before."""
@@ -272,6 +281,8 @@ class Trainer:
             **self.averages.state(),
             "optimizer": self._optimizer_state(),
         }
+        if state := self.objective.state():
+            tensors["objective"] = state
         train_state = TrainState(
             data=dict(self.batches.fingerprint),
             step=self.step,
@@ -327,6 +338,8 @@ class Trainer:
         for key, tensor in checkpoint.tensors("optimizer").items():
             name, _, field = key.rpartition("/")
             self.optimizer.state[parameters[name]][field] = tensor.to(self.device)
+        if "objective.safetensors" in checkpoint.files:
+            self.objective.load(checkpoint.tensors("objective"))
         if self.precision.scaler.is_enabled() and train_state.loss_scale:
             self.precision.scaler.load_state_dict(dict(train_state.loss_scale))
         self.step = train_state.images // self.batch_size  # also right if the batch size was changed

@@ -63,10 +63,10 @@ class MetricsWindow:
 
     @torch.no_grad()
     def add_losses(self, terms: Mapping[str, Tensor], t: Tensor) -> None:
-        """Loss terms (B,) at timesteps (B,)."""
+        """Loss terms (B,) at timesteps (B,), 0 .. num_timesteps."""
         for name, term in terms.items():
             self.sums[name] = self.sums.get(name, 0) + term.detach().float().sum()
-        quartile = t * self.NUM_QUARTILES // self.num_timesteps
+        quartile = (t * self.NUM_QUARTILES // self.num_timesteps).long().clamp(max=self.NUM_QUARTILES - 1)
         self.quartile_sums.index_add_(0, quartile, terms["loss"].detach().float())
         self.quartile_counts.index_add_(0, quartile, torch.ones_like(terms["loss"], dtype=torch.float32))
         self.num_images += len(t)

@@ -118,7 +118,7 @@ def test_hostile_file_names_are_refused(store, name):
 
 def test_another_format_version_is_refused(store):
     manifest_file = store.paths()[-1] / "manifest.json"
-    manifest_file.write_text(manifest_file.read_text().replace('"format_version": 1', '"format_version": 99'))
+    manifest_file.write_text(manifest_file.read_text().replace('"format_version": 2', '"format_version": 99'))
     with pytest.raises(RunDirectoryError, match="format_version 99"):
         Checkpoint(store.paths()[-1])
 

@@ -19,7 +19,7 @@ def make_trainer(path: Path, *overrides: str, stop=lambda: False, notes: list[st
     config = compose("train", [*SMALL_RUN, *overrides, f"run_dir={path}"])
     run = RunDirectory(Path(config.run_dir))
     run.path.mkdir(parents=True, exist_ok=True)
-    source = build_source(config)
+    source = build_source(config.data, config.model)
     system = System(config, source.image_shape, torch.device("cpu"))
     trainer = build_trainer(system, source, run, stop, (notes if notes is not None else []).append)
     trainer.periodic = [p for p in trainer.periodic if p.name != "samples"]
