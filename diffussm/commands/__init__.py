@@ -1,6 +1,7 @@
 """The verbs of the command line, a module each: `run(options)` composes, builds, runs, returns an exit code."""
 
 import sys
+from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,3 +15,12 @@ def print_config(config: DictConfig) -> int:
 def note(line: str) -> None:
     """A remark for a person, on stderr."""
     print(f"diffussm: {line}", file=sys.stderr, flush=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A Markdown table, its columns aligned for the terminal: the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    for first, *rest in (columns, rule, *rows):
+        cells = [first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]
+        print("| " + " | ".join(cells) + " |")
