@@ -21,6 +21,7 @@ VERBS = {
     "import": "make a run directory from public DiT weights",
     "export": "write a checkpoint's weights for other programs",
     "complexity": "print parameters, multiply-accumulates, SSM work and activations of models",
+    "schedules": "plot noise schedules and print them as a table",
     "bench": "measure speed and memory against textbook S4D, attention, DiT and diffusers",
 }
 MODULES = {"import": "import_weights"}  # where the verb is no name for a module
@@ -93,6 +94,14 @@ DESCRIPTIONS = {
 
         GMAC: multiply-accumulates of dense layers and attention, which papers call Gflops. SSM GFLOP: FFTs,
         spectral products and kernels of the state-space layers. Activations: kept for backward, in fp32.""",
+    "schedules": """\
+        Plot noise schedules, alphabar and SNR against t/T, and print where they pass as a table.
+
+          diffusion=NAME                one schedule; default: every preset
+          diffusion.num_timesteps=4000  any parameter of it
+          diffusion.zero_terminal_snr=true
+                                        end in pure noise
+          out=FILE                      .png, .svg or .pdf; default: schedules.png, replaced if it is there""",
     "bench": """\
         Measure time and memory, forward and training step, in one process with alternating repetitions. Prints
         a Markdown table with goals; writes bench.json and bench.md, after every result.

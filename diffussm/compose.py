@@ -123,6 +123,10 @@ def _one_line(error: Exception, verb: str, overrides: Sequence[str]) -> str:
         if "not in" in str(cause):
             parent, _, name = key.rpartition(".")
             known = _known_keys(verb, parent, overrides)
+            if not known and parent in groups():
+                return (
+                    f"{key}: no {parent} is chosen: add {parent}=NAME, one of {', '.join(group_options(parent))}"
+                )
             hint = schema.nearest(name, known)
             return f"{key}: no such key{hint}" + ("" if hint else f": {parent or verb} has {', '.join(known)}")
         return f"{key}: {_first_line(cause)}"
@@ -135,7 +139,7 @@ def _known_keys(verb: str, parent: str, overrides: Sequence[str]) -> list[str]:
     with contextlib.suppress(HydraException, OmegaConfBaseException):
         node = hydra_compose(config_name=verb, overrides=chosen)
         node = OmegaConf.select(node, parent) if parent else node
-        return [str(key) for key in node if not str(key).startswith("_")]
+        return [str(key) for key in node or () if not str(key).startswith("_")]
     return []
 
 

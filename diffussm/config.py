@@ -150,6 +150,14 @@ class ComplexityConfig:
 
 
 @dataclass
+class SchedulesConfig:
+    """`diffussm schedules`."""
+
+    diffusion: Any = free(None)  # null: every preset that has a noise schedule
+    out: str = free("schedules.png")  # the plot; .png, .svg or .pdf
+
+
+@dataclass
 class BenchConfig:
     """`diffussm bench`."""
 
@@ -180,6 +188,7 @@ ROOTS = {
     "import": ImportConfig,
     "export": ExportConfig,
     "complexity": ComplexityConfig,
+    "schedules": SchedulesConfig,
     "bench": BenchConfig,
 }
 # Data may move (the names of its files are checked instead); checkpointing trades time for memory alone.

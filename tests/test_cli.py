@@ -127,6 +127,16 @@ BAD_INPUT = [
         2,
         "resolutions=[72]: 9x9 latents: not divisible by patch_size=8",
     ),
+    (("complexity", "model.d_state=8"), 2, "model.d_state: no model is chosen: add model=NAME, one of diffussm_l"),
+    (("schedules", "diffusion=cosin"), 2, "diffusion=cosin: choose cosine, linear"),
+    (
+        ("schedules", "diffusion.num_timesteps=9"),
+        2,
+        "diffusion.num_timesteps: no diffusion is chosen: add diffusion=",
+    ),
+    (("schedules", "diffusion=cosine", "diffusion.num_timesteps=0"), 2, "diffusion.num_timesteps=0: must be"),
+    (("schedules", "diffusion=cosine", "diffusion.beta_end=1"), 2, "diffusion.beta_end: no such key"),
+    (("schedules", "out=plot.jpg"), 2, "out=plot.jpg: must end in .png, .svg or .pdf"),
     (("bench", "suites=[layers]"), 2, "suites=['layers']: choose from layer, convolution"),
     (("bench", "suites=[]"), 2, "suites=[]: choose at least one"),
     (("bench", "suites=[xl]"), 2, "suites=[xl]: its models are for a GPU: add device=cuda"),
@@ -172,6 +182,7 @@ def test_help_names_verbs_groups_and_exit_codes(capsys):
         (["sample", "--help"], ["checkpoint=PATH", "ddim ddpm"]),
         (["evaluate", "--help"], ["results.json", "digits none"]),
         (["bench", "--help"], ["suites=", "device=cuda", "bench.json"]),
+        (["schedules", "--help"], ["out=FILE", "diffusion=NAME", "quadratic scaled_linear sigmoid"]),
         (["complexity", "--help"], ["resolutions=", "diffussm_xl"]),
     ):
         with pytest.raises(SystemExit) as ended:

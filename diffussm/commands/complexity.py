@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig
 
 from diffussm.build import construct
-from diffussm.commands import print_config
+from diffussm.commands import print_config, print_table
 from diffussm.compose import compose, compose_group, group_options, override_value
 from diffussm.models.complexity import measure_complexity
 from diffussm.runtime.errors import ConfigError
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         models = {name: compose_group("model", name, {}) for name in names}
     rows = [list(_rows(name, model, config.resolutions)) for name, model in models.items()]
     rows.sort(key=lambda group: (group[0][0].partition("_")[0], int(group[0][1].replace(",", ""))))
-    print_table([row for group in rows for row in group])
+    print_table(COLUMNS, [row for group in rows for row in group])
     return 0
 
 
@@ -57,12 +57,3 @@ def _rows(name: str, model: DictConfig, resolutions: list[int]) -> Iterator[tupl
             f"{cost.ssm_flops / 1e9:,.2f}",
             f"{cost.activation_bytes / 2**20:,.0f}",
         )
-
-
-def print_table(rows: list[tuple[str, ...]]) -> None:
-    """A Markdown table, its columns aligned for the terminal."""
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    rule = tuple("-" * widths[0] if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths))
-    for first, *rest in (COLUMNS, rule, *rows):
-        cells = [first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]
-        print("| " + " | ".join(cells) + " |")

@@ -9,6 +9,7 @@ one that ends in pure noise; `respace` keeps a few of its timesteps.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -64,15 +65,15 @@ class Schedule:
         return bool(self.alphas_cumprod[-1] == 0)
 
     def at(self, t: Real[Tensor, "B"]) -> Float64[Tensor, "B"]:
-        """alphabar_t = 1 / (1 + sigma_t^2), sigma_t = sqrt((1 - alphabar_t) / alphabar_t) linear between timesteps.
-
-        For a schedule that is not respaced.
+        """alphabar_t = 1 / (1 + sigma_t^2), where sigma = sqrt((1 - alphabar) / alphabar) is linear between steps.
 
         Args:
             t: training timesteps in 0 .. T-1, whole or fractional; at whole ones the result is the table's own.
         """
-        if not t.is_floating_point():  # the way of training: nothing here waits for a GPU
+        if not t.is_floating_point():  # the way of training, in which nothing may wait for a GPU
             return self.alphas_cumprod[t]
+        assert torch.equal(self.timesteps, torch.arange(len(self), device=self.timesteps.device)), "respaced"
+        assert ((t >= 0) & (t <= len(self) - 1)).all(), "t must lie in 0 .. T-1"
         below, above, part = t.floor().long(), t.ceil().long(), t.double().frac()
         sigmas = (1 / self.alphas_cumprod - 1).sqrt()
         sigma = (1 - part) * sigmas[below] + part * sigmas[above]
@@ -138,20 +139,21 @@ def schedule_from_betas(betas: Float[Tensor, "T"], zero_terminal_snr: bool = Fal
     if not ((betas > 0) & (betas < 1)).all():
         raise ValueError(f"betas={betas.min():g}..{betas.max():g}: each must lie in (0, 1)")
     alphas_cumprod = torch.cumprod(1 - betas.double(), dim=0)
-    if alphas_cumprod[0] == 1 or alphas_cumprod[-1] == 0 or (alphas_cumprod.diff() >= 0).any():
-        raise ValueError(
-            f"betas={betas.min():g}..{betas.max():g}: alphabar must fall from 1 at all {len(betas)} timesteps and "
-            "stay above 0, to the precision of float64: choose betas less extreme"
-        )
     if zero_terminal_snr:
         alphas_cumprod = _with_zero_terminal(alphas_cumprod)
+    is_falling = alphas_cumprod[0] < 1 and (alphas_cumprod.diff() < 0).all()
+    if not is_falling or (alphas_cumprod[-1] == 0 and not zero_terminal_snr):
+        raise ValueError(
+            f"betas={betas.min():g}..{betas.max():g}: float64 cannot tell alphabar from 1 at the start, from 0 at "
+            f"the end, or from one of the {len(betas)} timesteps to the next: choose less extreme betas"
+        )
     return Schedule(alphas_cumprod, torch.arange(len(betas)))
 
 
 def _with_zero_terminal(alphas_cumprod: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
-    """sqrt(alphabar) shifted and scaled so that the last is 0 and the first is kept (Lin et al. 2023, Algorithm 1)."""
+    """sqrt(alphabar) shifted and scaled so that the last is 0, the first kept (Lin et al. 2023, Algorithm 1)."""
     if len(alphas_cumprod) < 2:
-        raise ValueError("num_timesteps=1: must be at least 2 with zero_terminal_snr, which keeps the first")
+        raise ValueError("num_timesteps=1: zero_terminal_snr needs at least 2, for it keeps the first")
     roots = alphas_cumprod.sqrt()
     # The factor is exactly 1 at the first step and exactly 0 at the last.
     return alphas_cumprod[0] * ((roots - roots[-1]) / (roots[0] - roots[-1])).square()
@@ -192,14 +194,15 @@ def spaced_timesteps(num_timesteps: int, num_steps: int | Sequence[int], spacing
     if num_steps == 1:
         return torch.tensor([num_timesteps - 1])  # a single step has to start from pure noise
     if spacing == "linspace":
-        return torch.tensor(_evenly(num_timesteps, num_steps))
+        stride = (num_timesteps - 1) / (num_steps - 1)
+        return torch.tensor([round(i * stride) for i in range(num_steps)])
     if spacing == "trailing":
         down = [round(num_timesteps - i * num_timesteps / num_steps) - 1 for i in range(num_steps)]
         return torch.tensor(down[::-1])
     if spacing == "leading":
-        for stride in range(1, num_timesteps + 1):
-            if len(range(0, num_timesteps, stride)) == num_steps:
-                return torch.arange(0, num_timesteps, stride)
+        for whole in range(1, num_timesteps + 1):
+            if len(range(0, num_timesteps, whole)) == num_steps:
+                return torch.arange(0, num_timesteps, whole)
         raise ValueError(f"num_steps={num_steps}: no integer stride cuts {num_timesteps} timesteps into so many")
     raise ValueError(f"spacing={spacing!r}: choose linspace, leading or trailing")
 
@@ -220,15 +223,11 @@ def _sectioned_timesteps(num_timesteps: int, counts: Sequence[int], spacing: Spa
                 f"num_steps={[*counts]}: section {section + 1} of {len(counts)} has {size} timesteps: give it at "
                 "least 1 step and at most so many"
             )
-        steps += [first + i for i in _evenly(size, count)]
+        stride = (size - 1) / max(count - 1, 1)
+        # Added up rather than multiplied, for that decides to which side a tie falls in ADM.
+        steps += [first + round(position) for position in accumulate([stride] * (count - 1), initial=0.0)]
         first += size
     return torch.tensor(steps)
-
-
-def _evenly(size: int, count: int) -> list[int]:
-    """`count` of 0 .. size-1 from first to last, ties rounded to even; one is the first."""
-    stride = (size - 1) / max(count - 1, 1)
-    return [round(i * stride) for i in range(count)]
 
 
 def respace(schedule: Schedule, steps: Int[Tensor, "S"]) -> Schedule:
