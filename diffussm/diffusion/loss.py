@@ -185,8 +185,10 @@ def discretized_gaussian_log_likelihood(x: Tensor, p: Gaussian) -> Tensor:
     """log of the mass that p gives to the bin of x, in nats; bins 2/255 wide, the outer two open (DDPM eq. 13)."""
     inverse_std = (-p.log_variance / 2).exp()
     centered = x - p.mean
-    upper = torch.special.ndtr(inverse_std * (centered + 1 / 255))
-    lower = torch.special.ndtr(inverse_std * (centered - 1 / 255))
-    upper = torch.where(x > 0.999, torch.ones_like(upper), upper)
-    lower = torch.where(x < -0.999, torch.zeros_like(lower), lower)
-    return (upper - lower).clamp_min(1e-12).log()
+    ndtr, half = torch.special.ndtr, 1 / 255
+    # The mass of the mirrored bin is the same, and only below the mean does float32 tell small masses apart.
+    below = -centered.abs()
+    mass = ndtr(inverse_std * (below + half)) - ndtr(inverse_std * (below - half))
+    mass = torch.where(x > 0.999, ndtr(inverse_std * (half - centered)), mass)
+    mass = torch.where(x < -0.999, ndtr(inverse_std * (half + centered)), mass)
+    return mass.clamp_min(1e-12).log()
