@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.special import log_ndtr
 
 from diffussm.diffusion.objective import Draws, Objective, mean_flat
 from diffussm.diffusion.process import (
@@ -72,6 +73,11 @@ class DDPMObjective(Objective):
         if min_snr_gamma is not None and loss == "vlb":
             raise ValueError("min_snr_gamma: weights the squared error, and loss=vlb has none: set it to null")
         check_prediction(schedule, prediction)
+        if min_snr_gamma is not None and schedule.has_zero_terminal_snr:
+            raise ValueError(
+                f"min_snr_gamma={min_snr_gamma}: weighs the last timestep by its SNR, which is 0 at "
+                "zero_terminal_snr=true, so that it is never trained: set it to null"
+            )
         self.schedule, self.loss, self.prediction, self.vb_weight = schedule, loss, prediction, vb_weight
         self.min_snr_gamma, self.fixed_variance = min_snr_gamma, fixed_variance
         by_moments = timesteps == "loss_second_moment"
@@ -178,17 +184,16 @@ def variational_bound_term(
 def normal_kl(p: Gaussian, q: Gaussian) -> Tensor:
     """KL(p || q) of diagonal Gaussians, in nats, element by element."""
     difference = p.log_variance - q.log_variance
-    return (difference.exp() - 1 - difference + (p.mean - q.mean).square() * (-q.log_variance).exp()) / 2
+    return (difference.expm1() - difference + (p.mean - q.mean).square() * (-q.log_variance).exp()) / 2
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, p: Gaussian) -> Tensor:
     """log of the mass that p gives to the bin of x, in nats; bins 2/255 wide, the outer two open (DDPM eq. 13)."""
     inverse_std = (-p.log_variance / 2).exp()
-    centered = x - p.mean
-    ndtr, half = torch.special.ndtr, 1 / 255
-    # The mass of the mirrored bin is the same, and only below the mean does float32 tell small masses apart.
-    below = -centered.abs()
-    mass = ndtr(inverse_std * (below + half)) - ndtr(inverse_std * (below - half))
-    mass = torch.where(x > 0.999, ndtr(inverse_std * (half - centered)), mass)
-    mass = torch.where(x < -0.999, ndtr(inverse_std * (half + centered)), mass)
-    return mass.clamp_min(1e-12).log()
+    centered, half = x - p.mean, 1 / 255
+    # The mass of the mirrored bin is the same, and only below the mean are the logarithms of small masses exact.
+    mirrored = -centered.abs()
+    above, below = (log_ndtr(inverse_std * (mirrored + side)) for side in (half, -half))
+    log_mass = above + (-torch.expm1(below - above)).clamp_min(1e-12).log()
+    log_mass = torch.where(x > 0.999, log_ndtr(inverse_std * (half - centered)), log_mass)
+    return torch.where(x < -0.999, log_ndtr(inverse_std * (half + centered)), log_mass)

@@ -158,10 +158,14 @@ def estimate(
 
 
 def shifted(schedule: Schedule, prediction: Prediction, t: Tensor) -> Prediction:
-    """eps - sqrt(1 - alphabar_t) gradient (ADM algorithm 2) and the x_0 that agrees; without gradient, itself."""
+    """eps - sqrt(1 - alphabar_t) gradient (ADM algorithm 2) and the x_0 that agrees; without gradient, itself.
+
+    At zero terminal SNR it stays as it is: x_t says nothing of y there, and no finite x_0 would agree.
+    """
     if prediction.gradient is None:
         return prediction
     alphas_cumprod = schedule.at(t)
+    alphas_cumprod = alphas_cumprod.where(alphas_cumprod > 0, 1)
     eps_shift = broadcast((1 - alphas_cumprod).sqrt(), prediction.eps) * prediction.gradient
     x_0_shift = broadcast((1 - alphas_cumprod) * alphas_cumprod.rsqrt(), prediction.eps) * prediction.gradient
     return prediction._replace(x_0=prediction.x_0 + x_0_shift, eps=prediction.eps - eps_shift, gradient=None)

@@ -95,7 +95,7 @@ def _distribution_function(x, direction):
 
 
 def probability_flow(x_T, sigma_from, sigma_to):
-    """x / a at sigma_to of the solution of d(x / a) / d sigma = E[eps | x] that begins at x_T, where sigma = s / a."""
+    """x / a at sigma_to, where d(x / a) / d sigma = E[eps | x] and sigma = s / a, from x_T at sigma_from."""
 
     def slope(log_sigma, flat):
         sigma = math.exp(log_sigma)

@@ -1,7 +1,7 @@
 """Our samplers against diffusers' schedulers, step for step with the same noise.
 
-The schedulers keep their tables in float32, so that agreement is to 1e-4 of the largest value; networks and states are
-float64. `linspace` is compared for DDPM only and `leading` for DDIM, where diffusers is right.
+The schedulers keep their tables in float32, so that agreement is to 1e-4 of the largest value; networks and states
+are float64. `linspace` is compared for DDPM only and `leading` for DDIM, where diffusers is right.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """Every sampler draws from a mixture of Gaussians, given the network that knows it perfectly.
 
-What comes out must have the mixture's mean, covariance and shares of modes, and its distribution function along four
+What comes out must have the mixture's mean, covariance and shares of modes, its distribution function along four
 directions (Kolmogorov-Smirnov), and its mean log density. The same tests reject samplers with one factor wrong.
 """
 

@@ -1,10 +1,11 @@
 """The error of every sampler falls with the number of steps at its order, and steps that cannot work are refused.
 
-The data are a mixture whose exact eps is known. The reference begins at the same x_T, follows the probability-flow ODE
-to the lowest timestep that the sampler visits, and there takes the same last step: to the predicted x_0. (That step is
-of every method's first order in a distance that the number of steps does not shorten, where the lowest timestep is 0.)
+The data are a mixture whose exact eps is known. The reference begins at the same x_T, follows the probability-flow
+ODE to the lowest timestep that the sampler visits, and there takes the same last step: to the predicted x_0.
+(Where that timestep is 0, more steps do not make the last one shorter, and its error stays.)
 """
 
+import itertools
 import math
 
 import pytest
@@ -54,7 +55,7 @@ def error(sampler, num_steps, **options):
 
 def slopes(errors):
     """The orders at which errors fall from one number of strides to its double."""
-    return [math.log2(before / after) for before, after in zip(errors, errors[1:], strict=False)]
+    return [math.log2(before / after) for before, after in itertools.pairwise(errors)]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_the_order_of_flow_samplers(sampler, order, reference_pixels):
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde", "learned"])
 def test_ddpm_is_of_weak_order_one(variance):
-    """For Gaussian data, eps is affine in x_t and so is the whole sampler in its draws: they are unit vectors here.
+    """For Gaussian data, eps is affine in x_t and so is the whole sampler in its draws: here, unit vectors.
 
     Sample 0 has no noise at all, sample k only the k-th draw, so that the variance is exactly a sum of squares.
     """
