@@ -76,6 +76,31 @@ def test_stop_and_resume_is_bit_exact(tmp_path, uninterrupted, steps):
     assert records(tmp_path) == records(uninterrupted)
 
 
+# Ten losses of every one of few timesteps are soon seen, after which they decide what is drawn.
+BY_MOMENTS = (
+    "objective.timesteps=loss_second_moment",
+    "diffusion=cosine",
+    "diffusion.num_timesteps=4",
+    "trainer.total_images=320",
+)
+
+
+@pytest.mark.parametrize("overrides", [BY_MOMENTS, ("experiment=digits_flow",)], ids=["by moments", "flow"])
+def test_other_objectives_resume_bit_exactly(tmp_path, overrides):
+    whole = make_trainer(tmp_path / "a", *overrides)
+    whole.run()
+    with pytest.raises(Preempted):
+        make_trainer(tmp_path / "b", *overrides, stop=StopAfter(whole.step - 3)).run()
+    resumed = make_trainer(tmp_path / "b", *overrides)
+    resumed.run()
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    assert records(tmp_path / "a") == records(tmp_path / "b")
+    if overrides is BY_MOMENTS:
+        probabilities = resumed.objective.timesteps.probabilities
+        assert probabilities.max() > 1.5 * probabilities.min()  # the history mattered
+        assert torch.equal(probabilities, whole.objective.timesteps.probabilities)
+
+
 def test_a_crash_between_checkpoints_is_bit_exact_and_logs_nothing_twice(tmp_path, uninterrupted):
     crashing = make_trainer(tmp_path)
     crashing.stop = StopAfter(5)
