@@ -19,7 +19,7 @@ def classifier_free_guidance(
     """
 
     def guided(
-        x_t: Float[Tensor, "B C H W"], t: Int[Tensor, "B"], y: Int[Tensor, "B"] | None
+        x_t: Float[Tensor, "B C H W"], t: Int[Tensor, "B"] | Float[Tensor, "B"], y: Int[Tensor, "B"] | None
     ) -> Float[Tensor, "B C_out H W"]:
         if y is None:
             raise ValueError("guidance needs labels")
