@@ -24,7 +24,10 @@ ALLOWED = {
     "config": {"runtime"},
     "compose": {"config", "runtime"},
     "build": {"compose", "config", "runtime", "models", "diffusion", "data", "training", "evaluation", "report"},
-    "commands": {"build", "compose", "config", "runtime", "models", "training", "evaluation", "report", "bench"},
+    "commands": {
+        "build", "compose", "config", "runtime", "models", "training", "evaluation", "report", "bench", "pipeline",
+    },
+    "pipeline": {"models", "diffusion", "data"},
     "bench": {"build", "models", "runtime"},
     "cli": {"commands", "runtime"},
     "__main__": {"cli"},
