@@ -79,11 +79,13 @@ DESCRIPTIONS = {
         Write the weights of a checkpoint as safetensors for other programs.
 
           checkpoint=PATH               a run directory (newest valid checkpoint) or one checkpoint
+          layout=pipeline               the default: a directory with a model card that
+                                        diffussm.pipeline.DiffuSSMPipeline.from_pretrained loads, for diffusers
           layout=official               one file with the names of DiT's authors (of DiffuSSM: its own)
           layout=diffusers              a directory for DiTTransformer2DModel.from_pretrained; its outputs differ
                                         slightly, for its timestep sinusoid has other frequencies
           weights=ema                   ema, ema_<decay> or model
-          out=PATH                      default: under export/ of the run""",
+          to=PATH                       default: under export/ of the run""",
     "complexity": """\
         Print what models cost on paper, per image of one forward pass. Nothing is computed.
 
