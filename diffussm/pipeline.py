@@ -39,7 +39,9 @@ PREDICTION_TYPES = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 FLOW_TIMESTEPS = 1000  # networks of rectified flow are told 1000 t
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-ImageSize = Optional[list[int]]  # noqa: UP045  (diffusers 0.35 reads typing.Optional)
+# diffusers 0.35 reads typing.Optional, and neither X | None nor a bare None.
+ImageSize = Optional[list[int]]  # noqa: UP045
+Vae = Optional[ModelMixin]  # noqa: UP045
 
 
 class Component(ModelMixin, ConfigMixin):
@@ -92,7 +94,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
         self,
         transformer: ModelMixin,
         scheduler: SchedulerMixin,
-        vae: None = None,
+        vae: Vae = None,
         image_size: ImageSize = None,
     ) -> None:
         super().__init__()

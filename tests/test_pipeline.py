@@ -232,6 +232,17 @@ def test_ddim_needs_the_trailing_timesteps_that_the_card_recommends():
     assert errors[0] < 1e-4 < 1e-2 < errors[1]
 
 
+def test_a_scheduler_that_scales_noise_and_input_finds_our_samples():
+    """Euler's method in x / sqrt(alphabar) is DDIM."""
+    model, x = network(), stream(3)()
+    visited = respace(linear_schedule(), torch.arange(99, 1000, 100))
+    ours = ddim(model, visited, x, torch.tensor(LABELS), lambda: x, num_steps=10)
+    config = {**ddpm_scheduler(linear_schedule()).config, "timestep_spacing": "trailing"}
+    pipe = pipeline(model, diffusers.EulerDiscreteScheduler.from_config(config))
+    theirs = pipe(LABELS, num_inference_steps=10, latents=x, output_type="latent").images
+    assert (ours - theirs).abs().max() < 1e-2 * ours.abs().max()
+
+
 def test_pictures_are_quantised_as_ours_and_the_other_outputs_lie_in_0_to_1():
     pipe = pipeline(network(in_channels=3))
     drawn = {kind: pipe(LABELS, 1.0, 4, generators(3), output_type=kind).images for kind in ("latent", "pt", "np")}
