@@ -72,7 +72,7 @@ DESCRIPTIONS = {
                                         as for `sample`
           metrics=[fid,is]              of fid, sfid, is, precision, recall, class_agreement (default: all these)
           metrics=[vlb]                 the exact variational bound on real images, in bits per dimension
-          metrics=[inversion]           how far DDIM, run backwards and forwards, ends from real images (rms of x_0)
+          metrics=[inversion]           how far DDIM, run backwards and forwards, ends from images (rms of x_0)
           data.split=held_out likelihood_images=100
                                         on which images, and how many; default: all of the run's data
           out=FILE                      default: results.json of the run
@@ -94,11 +94,13 @@ DESCRIPTIONS = {
         Write the weights of a checkpoint as safetensors for other programs.
 
           checkpoint=PATH               a run directory (newest valid checkpoint) or one checkpoint
+          layout=pipeline               the default: a directory with a model card that
+                                        diffussm.pipeline.DiffuSSMPipeline.from_pretrained loads, for diffusers
           layout=official               one file with the names of DiT's authors (of DiffuSSM: its own)
           layout=diffusers              a directory for DiTTransformer2DModel.from_pretrained; its outputs differ
                                         slightly, for its timestep sinusoid has other frequencies
           weights=ema                   ema, ema_<decay> or model
-          out=PATH                      default: under export/ of the run""",
+          to=PATH                       default: under export/ of the run""",
     "complexity": """\
         Print what models cost on paper, per image of one forward pass. Nothing is computed.
 

@@ -136,9 +136,9 @@ class ExportConfig:
 
     checkpoint: str = free()
     trust_checkpoint: bool = free(False)  # build classes from outside diffussm that a checkpoint names
-    layout: str = free("official")  # or diffusers
+    layout: str = free("pipeline")  # pipeline, official or diffusers
     weights: str = free("ema")  # ema (the first average), ema_<decay>, or model
-    out: str | None = free(None)  # null: export/<...> in the run directory
+    to: str | None = free(None)  # null: export/<...> in the run directory
 
 
 @dataclass
@@ -217,7 +217,7 @@ def validate(config: DictConfig) -> None:
         is_name = re.fullmatch(r"\w[\w.\-]{0,99}", config.name)
         _require(config, "name", is_name, "use at most 100 letters, digits and . _ -")
     if "layout" in config:
-        _require_choice(config, "layout", ("official", "diffusers"))
+        _require_choice(config, "layout", ("pipeline", "official", "diffusers"))
     if "sampling" in config:
         _validate_sampling(config)
     if "suites" in config:

@@ -25,9 +25,10 @@ ALLOWED = {
     "compose": {"config", "runtime"},
     "build": {"compose", "config", "runtime", "models", "diffusion", "data", "training", "evaluation", "report"},
     "commands": {
-        "build", "compose", "config", "runtime",
+        "build", "compose", "config", "runtime", "pipeline",
         "models", "diffusion", "training", "evaluation", "report", "bench",
     },
+    "pipeline": {"models", "diffusion", "data"},
     "bench": {"build", "models", "runtime"},
     "cli": {"commands", "runtime"},
     "__main__": {"cli"},

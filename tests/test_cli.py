@@ -177,7 +177,7 @@ def test_help_names_verbs_groups_and_exit_codes(capsys):
     for arguments, promises in (
         (["--help"], ["train", "sample", "evaluate", "import", "export"]),
         (["import", "--help"], ["diffussm import FILE", "model.num_heads=", "dit_xl_2"]),
-        (["export", "--help"], ["layout=diffusers", "weights=ema"]),
+        (["export", "--help"], ["DiffuSSMPipeline", "layout=diffusers", "weights=ema", "to=PATH"]),
         (["train", "--help"], ["experiment=", "diffussm_xl", "image_folder", "75 stopped by a signal"]),
         (["sample", "--help"], ["checkpoint=PATH", "ddim ddpm"]),
         (["evaluate", "--help"], ["results.json", "digits none"]),
@@ -549,11 +549,11 @@ def test_export_and_import_are_inverses_in_both_layouts(run, in_tmp, capsys):
     torch.save(public_weights(), "dit.pth")
     assert main(["import", "dit.pth", HEADS, "name=a"]) == 0
     state = weights_of(Path("runs/a"))
-    assert main(["export", "checkpoint=runs/a", "out=a.safetensors"]) == 0
+    assert main(["export", "checkpoint=runs/a", "layout=official", "to=a.safetensors"]) == 0
     assert equal(load_file("a.safetensors"), state)
     assert main(["import", "a.safetensors", HEADS, "name=b"]) == 0
     assert (
-        main(["export", "checkpoint=runs/b", "layout=diffusers", "weights=model", "out=pipeline/transformer"]) == 0
+        main(["export", "checkpoint=runs/b", "layout=diffusers", "weights=model", "to=pipeline/transformer"]) == 0
     )
     theirs = diffusers.DiTTransformer2DModel.from_pretrained("pipeline/transformer", low_cpu_mem_usage=False)
     assert theirs.config.num_embeds_ada_norm == 10 and theirs.config.sample_size == 8
@@ -568,7 +568,7 @@ def test_export_and_import_are_inverses_in_both_layouts(run, in_tmp, capsys):
         assert equal(weights_of(Path("runs") / name), state)
         assert OmegaConf.load(f"runs/{name}/config.yaml").model.num_heads == 4
     assert (
-        main(["export", f"checkpoint={run}", "out=run.safetensors", "weights=model"]) == 0
+        main(["export", f"checkpoint={run}", "layout=official", "to=run.safetensors", "weights=model"]) == 0
     )  # DiffuSSM's own names
     assert equal(load_file("run.safetensors"), weights_of(run))
 
@@ -655,16 +655,21 @@ def test_exports_that_cannot_be_are_one_line_and_overwrite_nothing(run, in_tmp, 
     torch.save(public_weights(conditioning="in_context"), "b.pt")
     assert main(["import", "a.pt", HEADS, "model.num_classes=11", "model.class_dropout_prob=0"]) == 0
     assert main(["import", "b.pt", HEADS]) == 0
+    torch.save(public_weights(in_channels=4), "c.pt")
+    assert main(["import", "c.pt", HEADS]) == 0
     Path("there").mkdir()
     capsys.readouterr()
     for arguments, code, says in (
         ((f"checkpoint={run}", "layout=diffusers"), 2, "layout=diffusers: diffusers has no DiffuSSM"),
         (("checkpoint=runs/a", "layout=diffusers"), 2, "needs a null label"),
         (("checkpoint=runs/b", "layout=diffusers"), 2, "layout=diffusers: conditioning=in_context: diffusers has"),
-        (("checkpoint=runs/b", "layout=onnx"), 2, "layout=onnx: choose official, diffusers"),
+        (("checkpoint=runs/b", "layout=onnx"), 2, "layout=onnx: choose pipeline, official, diffusers"),
+        (("checkpoint=runs/b", "out=elsewhere"), 2, "out: no such key"),
         (("checkpoint=runs/b", "weights=ema_0.5"), 2, "weights=ema_0.5: runs/b/checkpoints/step-000000000000 has"),
-        (("checkpoint=runs/b", "out=b.ckpt"), 2, "out=b.ckpt: must end in .safetensors"),
-        (("checkpoint=runs/b", "out=there", "layout=diffusers"), 73, "out=there: exists"),
+        (("checkpoint=runs/b", "to=b.ckpt", "layout=official"), 2, "to=b.ckpt: must end in .safetensors"),
+        (("checkpoint=runs/b", "to=there", "layout=diffusers"), 73, "to=there: exists"),
+        (("checkpoint=runs/b", "to=there"), 73, "to=there: exists"),
+        (("checkpoint=runs/c",), 2, "layout=pipeline: the model gives images of 4 channels"),
     ):
         assert main(["export", *arguments]) == code
         captured = capsys.readouterr()
