@@ -405,7 +405,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str):
         return isinstance(value, hint)
-    return True  # paths, sequences and nested objects are the constructor's to judge
+    if origin in (Sequence, tuple):
+        items = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
+        hints = get_args(hint) if origin is tuple else get_args(hint) * len(items or ())
+        return items is not None and len(items) == len(hints) and all(map(_fits, items, hints))
+    return True  # paths and nested objects are the constructor's to judge
 
 
 def _describe(hint: Any) -> str:
@@ -413,6 +417,10 @@ def _describe(hint: Any) -> str:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_describe(option) for option in get_args(hint))
+    if get_origin(hint) is Sequence:
+        return f"a list, each {_describe(*get_args(hint))}"
+    if get_origin(hint) is tuple:
+        return f"a list of {', '.join(map(_describe, get_args(hint)))}"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return names.get(hint, str(hint))
 
