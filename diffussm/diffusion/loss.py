@@ -1,18 +1,13 @@
-"""The training objective: noise regression plus the variational bound that trains the variance.
-
-`DDPMObjective` first draws what is random about a step (`draw`, for the global batch, from one generator)
-and then evaluates the loss of any part of that batch (`__call__`), so that neither gradient accumulation
-nor the number of processes changes what a step trains on.
-"""
+"""The training objective: noise regression plus the variational bound that trains the variance."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diffussm.diffusion.objective import Draws, Objective
 from diffussm.diffusion.process import (
     Gaussian,
     learned_range_log_variance,
@@ -24,23 +19,7 @@ from diffussm.diffusion.process import (
 from diffussm.diffusion.schedule import Schedule
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What a training step draws at random, sample by sample."""
-
-    t: Int[Tensor, "B"]
-    noise: Float[Tensor, "B *S"]
-    drop_uniform: Float[Tensor, "B"]
-
-    def __getitem__(self, samples: slice) -> "Draws":
-        return Draws(self.t[samples], self.noise[samples], self.drop_uniform[samples])
-
-    def to(self, device: torch.device) -> "Draws":
-        """The same draws on `device`."""
-        return Draws(self.t.to(device), self.noise.to(device), self.drop_uniform.to(device))
-
-
-class DDPMObjective:
+class DDPMObjective(Objective):
     """L_hybrid = |eps - eps_theta|^2 + vb_weight * L_vb, the latter with the mean detached (iDDPM eq. 16).
 
     L_vb is the one-timestep term of the bound in bits per dimension. At weight 1 and T = 1000 this is
@@ -64,6 +43,7 @@ class DDPMObjective:
             t=torch.randint(len(self.schedule), shape[:1], generator=generator),
             noise=torch.randn(shape, generator=generator),
             drop_uniform=torch.rand(shape[:1], generator=generator),
+            weight=torch.ones(shape[:1]),
         )
 
     def __call__(

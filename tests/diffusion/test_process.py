@@ -8,10 +8,10 @@ from scipy import integrate, stats
 
 from diffussm.diffusion.loss import (
     DDPMObjective,
-    Draws,
     discretized_gaussian_log_likelihood,
     normal_kl,
 )
+from diffussm.diffusion.objective import Draws
 from diffussm.diffusion.process import (
     Gaussian,
     eps_from_x_0,
@@ -165,7 +165,7 @@ def test_hybrid_loss_is_noise_mse_plus_the_bound_in_bits():
     x_0, noise, _ = draw(schedule)
     x_0 = x_0.clamp(-1, 1)
     t = torch.tensor([0, 0, 1, 10, 500, 999])
-    draws = Draws(t, noise, torch.ones(6))
+    draws = Draws(t, noise, torch.ones(6), torch.ones(6))
     terms = DDPMObjective(schedule)(Constant(0.1, 0.3), x_0, None, draws)
     assert torch.allclose(terms["mse"], ((noise - 0.1) ** 2).flatten(1).mean(1))
     for i, step in enumerate(t.tolist()):
@@ -201,7 +201,7 @@ def test_the_bound_trains_the_variance_but_not_the_mean():
     schedule = linear_schedule()
     x_0, noise, t = draw(schedule)
     model = Constant(0.1, 0.3)
-    terms = DDPMObjective(schedule)(model, x_0, None, Draws(t, noise, torch.ones(6)))
+    terms = DDPMObjective(schedule)(model, x_0, None, Draws(t, noise, torch.ones(6), torch.ones(6)))
     terms["vb"].sum().backward(retain_graph=True)
     assert model.v.grad.abs() > 0 and (model.eps.grad is None or model.eps.grad == 0)
     model.zero_grad()
@@ -212,14 +212,16 @@ def test_the_bound_trains_the_variance_but_not_the_mean():
 def test_without_learned_sigma_the_loss_is_the_mse():
     schedule = linear_schedule()
     x_0, noise, t = draw(schedule)
-    terms = DDPMObjective(schedule)(Constant(0.1, None), x_0, None, Draws(t, noise, torch.ones(6)))
+    terms = DDPMObjective(schedule)(Constant(0.1, None), x_0, None, Draws(t, noise, torch.ones(6), torch.ones(6)))
     assert set(terms) == {"loss", "mse"} and torch.equal(terms["loss"], terms["mse"])
 
 
 def test_vb_weight_scales_the_bound():
     schedule = linear_schedule()
     x_0, noise, t = draw(schedule)
-    terms = DDPMObjective(schedule, vb_weight=0.25)(Constant(0.1, 0.3), x_0, None, Draws(t, noise, torch.ones(6)))
+    terms = DDPMObjective(schedule, vb_weight=0.25)(
+        Constant(0.1, 0.3), x_0, None, Draws(t, noise, torch.ones(6), torch.ones(6))
+    )
     assert torch.allclose(terms["loss"], terms["mse"] + 0.25 * terms["vb"])
     with pytest.raises(ValueError, match="vb_weight=-1"):
         DDPMObjective(schedule, vb_weight=-1.0)
