@@ -22,12 +22,14 @@ from diffussm.config import leaves, nearest
 from diffussm.data.autoencoder import Autoencoder
 from diffussm.data.images import ImageSource
 from diffussm.data.loader import BatchLoader
+from diffussm.diffusion.classification import ClassifierObjective
 from diffussm.diffusion.guidance import classifier_free_guidance
 from diffussm.diffusion.samplers import Denoiser, Noise, Sampler
 from diffussm.diffusion.schedule import Schedule
 from diffussm.evaluation.evaluator import Evaluation
 from diffussm.evaluation.generate import Generator
-from diffussm.models import S4D
+from diffussm.models import S4D, NoisyClassifier
+from diffussm.models.layers import Denoiser as DenoisingNetwork
 from diffussm.report.grid import save_grid
 from diffussm.runtime.errors import ConfigError, RunDirectoryError, UserError
 from diffussm.runtime.run_dir import RunDirectory
@@ -79,6 +81,12 @@ class System:
 
     def generator(self, model: nn.Module, sampler_config: DictConfig, sampling: DictConfig) -> Generator:
         """Generation with these weights, sampler and guidance."""
+        if isinstance(self.model, NoisyClassifier):
+            raise ConfigError(
+                "a classifier draws nothing: name the checkpoint of a denoiser, or train it with sampler=none"
+            )
+        if not sampler_config:
+            raise ConfigError("sampler=none: draws nothing: choose a sampler, such as sampler=ddim")
         sampler = bound(sampler_config, "sampler")
         self._try_out(sampler, sampler_config)
         precision = Precision(sampling.precision, self.device)
@@ -137,6 +145,16 @@ def check_latents(model: DictConfig, latent_shape: tuple[int, int, int]) -> None
         raise ConfigError(f"model.hourglass_ratio={ratio}: does not divide the {tokens} tokens of the data")
 
 
+def check_objective(model: nn.Module, objective: object) -> None:
+    """Refuse to train a denoiser as a classifier, or the reverse."""
+    classifies = isinstance(objective, ClassifierObjective)
+    misfit = f"objective: {type(objective).__name__} does not train {type(model).__name__}"
+    if isinstance(model, NoisyClassifier) and not classifies:
+        raise ConfigError(f"{misfit}: set objective=classifier, or choose another model")
+    if isinstance(model, DenoisingNetwork) and classifies:
+        raise ConfigError(f"{misfit}: choose another objective, or model=classifier_tiny or its like")
+
+
 def build_trainer(
     system: System,
     source: ImageSource,
@@ -159,9 +177,11 @@ def build_trainer(
         pin_memory=system.device.type == "cuda",
     )
     settings["ema_decays"] = list(settings["ema_decays"])
+    objective = construct(config.objective, "objective", schedule=system.schedule)
+    check_objective(system.model, objective)
     return Trainer(
         model=system.model,
-        objective=construct(config.objective, "objective", schedule=system.schedule),
+        objective=objective,
         batches=batches,
         to_latents=system.autoencoder.to_latents,
         optimizer=construct(config.optimizer, "optimizer", named_parameters=system.model.named_parameters()),
@@ -178,6 +198,14 @@ def build_trainer(
 
 def _periodic(system: System, run: RunDirectory, sample_every_images: int | None) -> list[Periodic]:
     config = system.config
+    evaluation = build_evaluation(config, system.image_shape)
+    if not config.sampler:
+        if evaluation is not None and evaluation.every_images:
+            every = evaluation.every_images
+            raise ConfigError(
+                f"evaluation.every_images={every}: needs samples: choose a sampler, or set it to null"
+            )
+        return []
     system.generator(system.model, config.sampler, config.sampling)  # fails now rather than hours later
 
     def draw_grid(model: nn.Module, images: int) -> Mapping[str, Any]:
@@ -187,7 +215,6 @@ def _periodic(system: System, run: RunDirectory, sample_every_images: int | None
         return {}
 
     periodic = [Periodic("samples", sample_every_images, draw_grid)]
-    evaluation = build_evaluation(config, system.image_shape)
     if evaluation is not None and evaluation.every_images:
 
         def evaluate(model: nn.Module, images: int) -> Mapping[str, Any]:

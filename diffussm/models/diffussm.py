@@ -87,11 +87,8 @@ class DiffuSSM(Denoiser):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(in_channels, num_classes, learn_sigma)
-        require_options(hidden_size, depth, hourglass_ratio, patch_size, token_order)
+        require_options(hidden_size, depth, hourglass_ratio, patch_size, token_order, positions)
         require_choice("reading", reading, Reading)
-        require_choice("positions", positions, Positions)
-        if positions == "sincos":
-            sincos_positions(hidden_size, 1, 1)  # refuses a width that it does not fit
         self.hourglass_ratio, self.patch_size, self.positions = hourglass_ratio, patch_size, positions
         self.token_order, self.activation_checkpointing = token_order, activation_checkpointing
         # how many tokens share one vector of the residual stream
@@ -134,13 +131,18 @@ class DiffuSSM(Denoiser):
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=p, q=p)
 
 
-def require_options(hidden_size: int, depth: int, hourglass_ratio: int, patch_size: int, token_order: str) -> None:
+def require_options(
+    hidden_size: int, depth: int, hourglass_ratio: int, patch_size: int, token_order: str, positions: str
+) -> None:
     """ValueError names the first option with which no network of DiffuSSM's blocks can be made."""
     require_positive(hidden_size=hidden_size, depth=depth)
     require_positive(hourglass_ratio=hourglass_ratio, patch_size=patch_size)
     if hidden_size % hourglass_ratio:
         raise ValueError(f"hidden_size={hidden_size}: must be divisible by hourglass_ratio={hourglass_ratio}")
     require_choice("token_order", token_order, TokenOrder)
+    require_choice("positions", positions, Positions)
+    if positions == "sincos":
+        sincos_positions(hidden_size, 1, 1)  # refuses a width that it does not fit
 
 
 def make_blocks(
