@@ -85,7 +85,7 @@ class TrainConfig:
     objective: Any = fixed()
     optimizer: Any = fixed()
     trainer: TrainerConfig = fixed(TrainerConfig)
-    sampler: Any = free()
+    sampler: Any = free()  # empty: no samples are drawn in training
     guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
     evaluation: Any = free()
@@ -236,6 +236,9 @@ def validate(config: DictConfig) -> None:
         _require(config, "num_images", config.num_images >= 1, "must be at least 1")
     if "metrics" in config:
         _validate_metrics(config)
+    if config.get("sampler") and "_target_" not in config.sampler:
+        key = next(iter(config.sampler))
+        raise ConfigError(f"sampler.{key}={config.sampler[key]}: sampler=none has no such key: choose a sampler")
     if config.get("autoencoder") and config.sampler and config.sampler.get("clip_x_0") is True:
         in_pixels = config.autoencoder._target_.endswith("IdentityAutoencoder")
         _require(config, "sampler.clip_x_0", in_pixels, "latents are not bounded: set it to false")

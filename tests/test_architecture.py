@@ -42,9 +42,10 @@ ALLOWED_WITHIN = {
         "ssm": {"layers", "convolution"},
         "diffussm": {"layers", "ssm"},
         "dit": {"layers"},
+        "classifier": {"layers", "ssm", "diffussm"},
         "layouts": {"layers"},
         "complexity": set(),
-        "__init__": {"ssm", "diffussm", "dit"},
+        "__init__": {"ssm", "diffussm", "dit", "classifier"},
     },
     "diffusion": {
         "schedule": set(),

@@ -53,7 +53,7 @@ BAD_INPUT = [
     (
         (*DIGITS, "model=nonsense"),
         2,
-        "model=nonsense: choose diffussm_l, diffussm_s, diffussm_tiny, diffussm_xl, dit_b_2, dit_b_4",
+        "model=nonsense: choose classifier_tiny, diffussm_l, diffussm_s, diffussm_tiny, diffussm_xl, dit_b_2",
     ),
     ((*DIGITS, "modle=diffussm_s"), 2, "modle: no such key (did you mean model?)"),
     ((*DIGITS, "model.hidden_size=65"), 2, "model.hidden_size=65: must be divisible by hourglass_ratio=2"),
@@ -97,7 +97,7 @@ BAD_INPUT = [
         2,
         "trainer.batch_size=999999999: exceeds trainer.total_images=96000",
     ),
-    ((*DIGITS, "model=null"), 2, "model=null: choose one of diffussm_l"),
+    ((*DIGITS, "model=null"), 2, "model=null: choose one of classifier_tiny, diffussm_l"),
     ((*DIGITS, "sampler=null"), 2, "sampler=null: choose one of ddim, ddpm"),
     ((*DIGITS, "optimizer.betas=[0.9]"), 2, "optimizer.betas=[0.9]: must be two numbers"),
     ((*DIGITS, "optimizer.eps=-1"), 2, "optimizer.eps=-1"),

@@ -93,6 +93,10 @@ class Classifier:
     def __call__(self, network: Any, predictor_of: PredictorOf, load: Load) -> Guided:
         """The network's predictor with the classifier's gradient."""
         classifier = load(self.checkpoint, self.weights)
+        if hasattr(classifier, "null_label"):
+            raise ValueError(
+                f"checkpoint={self.checkpoint}: is no classifier: train one with objective=classifier"
+            )
         if network.num_classes not in (None, classifier.num_classes):
             raise ValueError(
                 f"checkpoint={self.checkpoint}: knows {classifier.num_classes} classes, the model "
@@ -132,6 +136,8 @@ class Autoguidance:
     def __call__(self, network: Any, predictor_of: PredictorOf, load: Load) -> Guided:
         """The guided network."""
         weak = load(self.checkpoint, self.weights)
+        if not hasattr(weak, "null_label"):
+            raise ValueError(f"checkpoint={self.checkpoint}: is a classifier: choose guidance=classifier")
         if weak.num_classes != network.num_classes:
             raise ValueError(
                 f"checkpoint={self.checkpoint}: knows {weak.num_classes} classes, the model "

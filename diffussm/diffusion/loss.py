@@ -80,7 +80,7 @@ class DDPMObjective(Objective):
         )
 
     @property
-    def num_timesteps(self) -> int:  # type: ignore[override]
+    def num_timesteps(self) -> int:
         """T."""
         return len(self.schedule)
 

@@ -38,13 +38,12 @@ class Draws:
 
 
 class Objective:
-    """The base of all objectives. One without memory has nothing to observe and no state.
+    """The base of all objectives. One without memory has nothing to observe and no state."""
 
-    Attributes:
-        num_timesteps: T; timesteps lie in 0 .. T.
-    """
-
-    num_timesteps: int
+    @property
+    def num_timesteps(self) -> int:
+        """T; the timesteps that `draw` draws lie in 0 .. T."""
+        raise NotImplementedError
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draws:
         """Timesteps, noise and label-drop draws for a global batch of x_0 of this shape."""
