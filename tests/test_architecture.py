@@ -51,7 +51,7 @@ ALLOWED_WITHIN = {
         "schedule": set(),
         "process": {"schedule"},
         "timesteps": set(),
-        "objective": {"process"},
+        "objective": {"process", "schedule"},
         "loss": {"objective", "process", "schedule", "timesteps"},
         "classification": {"objective", "process", "schedule"},
         "guidance": {"process"},

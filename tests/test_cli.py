@@ -99,8 +99,15 @@ BAD_INPUT = [
     ),
     ((*DIGITS, "model=null"), 2, "model=null: choose one of classifier_tiny, diffussm_l"),
     ((*DIGITS, "sampler=null"), 2, "sampler=null: choose one of ddim, ddpm"),
-    ((*DIGITS, "optimizer.betas=[0.9]"), 2, "optimizer.betas=[0.9]: must be two numbers"),
+    ((*DIGITS, "optimizer.betas=[0.9]"), 2, "optimizer.betas=[0.9]: must be a list of a number, a number"),
     ((*DIGITS, "optimizer.eps=-1"), 2, "optimizer.eps=-1"),
+    ((*DIGITS, "objective=flow", "sampler=flow_heun", "model.learn_sigma=true"), 2, "model.learn_sigma=false"),
+    ((*DIGITS, "objective.prediction=w"), 2, "objective.prediction=w: must be one of eps, x_0, v"),
+    ((*DIGITS, "diffusion.zero_terminal_snr=true"), 2, "objective.prediction=eps: tells nothing about x_0"),
+    ((*DIGITS, "objective.loss=simple"), 2, "objective.loss=simple: leaves a learned variance untrained"),
+    ((*DIGITS, "sampler.num_steps=abc"), 2, "sampler.num_steps=abc: must be an integer or a list"),
+    ((*DIGITS, "guidance.interval=[5]"), 2, "guidance.interval=[5]: must be two timesteps"),
+    ((*DIGITS, "guidance=autoguidance"), 2, "guidance.checkpoint: not set"),
     ((*DIGITS, "device=meta"), 2, "device=meta: choose auto, cpu, cuda"),
     ((*DIGITS, "name=" + 300 * "x"), 2, "use at most 100 letters"),
     ((*DIGITS, "name=.."), 2, "name=.."),
@@ -127,7 +134,11 @@ BAD_INPUT = [
         2,
         "resolutions=[72]: 9x9 latents: not divisible by patch_size=8",
     ),
-    (("complexity", "model.d_state=8"), 2, "model.d_state: no model is chosen: add model=NAME, one of diffussm_l"),
+    (
+        ("complexity", "model.d_state=8"),
+        2,
+        "model.d_state: no model is chosen: add model=NAME, one of classifier_tiny",
+    ),
     (("schedules", "diffusion=cosin"), 2, "diffusion=cosin: choose cosine, linear"),
     (
         ("schedules", "diffusion.num_timesteps=9"),
@@ -167,6 +178,19 @@ def test_bad_input_is_one_line_and_creates_nothing(arguments, code, says, in_tmp
     assert list(in_tmp.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("diffusion=rectified_flow", "objective: needs a noise schedule"),
+        ("objective=flow", "choose sampler=flow_euler or flow_heun"),
+    ],
+)
+def test_processes_and_what_does_not_fit_them_are_refused(diffussm, in_tmp, override, says):
+    result = diffussm(*DIGITS, override)  # a process of its own, in which signatures are not checked at run time
+    assert result.returncode == 2 and says in result.stderr and result.stderr.count("\n") == 1
+    assert list(in_tmp.iterdir()) == []
+
+
 def test_a_file_in_place_of_the_run_directory_is_named(in_tmp, capsys):
     (in_tmp / "runs").write_text("mine")
     assert main(DIGITS) == 73
@@ -179,10 +203,10 @@ def test_help_names_verbs_groups_and_exit_codes(capsys):
         (["import", "--help"], ["diffussm import FILE", "model.num_heads=", "dit_xl_2"]),
         (["export", "--help"], ["DiffuSSMPipeline", "layout=diffusers", "weights=ema", "to=PATH"]),
         (["train", "--help"], ["experiment=", "diffussm_xl", "image_folder", "75 stopped by a signal"]),
-        (["sample", "--help"], ["checkpoint=PATH", "ddim ddpm"]),
+        (["sample", "--help"], ["checkpoint=PATH", "ddim", "flow_heun", "autoguidance"]),
         (["evaluate", "--help"], ["results.json", "digits none"]),
         (["bench", "--help"], ["suites=", "device=cuda", "bench.json"]),
-        (["schedules", "--help"], ["out=FILE", "diffusion=NAME", "quadratic scaled_linear sigmoid"]),
+        (["schedules", "--help"], ["out=FILE", "diffusion=NAME", "quadratic rectified_flow scaled_linear"]),
         (["complexity", "--help"], ["resolutions=", "diffussm_xl"]),
     ):
         with pytest.raises(SystemExit) as ended:

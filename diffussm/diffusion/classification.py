@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from diffussm.diffusion.objective import Draws, Objective
+from diffussm.diffusion.objective import Draws, Objective, require_schedule
 from diffussm.diffusion.process import q_sample
 from diffussm.diffusion.schedule import Schedule
 
@@ -16,6 +16,7 @@ class ClassifierObjective(Objective):
     """-log p(y | x_t), with t uniform and x_t ~ q(x_t | x_0) of the schedule that samplers will walk."""
 
     def __init__(self, schedule: Schedule) -> None:
+        require_schedule(schedule)
         self.schedule = schedule
 
     @property

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffussm.diffusion.process import Network, Predictor
+from diffussm.diffusion.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ class Objective:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`."""
+
+
+def require_schedule(schedule: object) -> None:
+    """ValueError for a process that is no Gaussian diffusion."""
+    if not isinstance(schedule, Schedule):
+        raise ValueError("needs a noise schedule, as diffusion=linear has one: choose it, or objective=flow")
 
 
 def mean_flat(x: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
