@@ -23,6 +23,7 @@ SOUND = {
     "HeunDiscreteScheduler": ("use_karras_sigmas",),
     "EulerDiscreteScheduler": ("use_karras_sigmas",),
 }
+MAX_SIGNAL = 0.01  # alphabar where a solver may begin with pure noise, unless that is the last timestep
 INSTEAD = {
     "DDPMScheduler": "choose sampler=ddpm",
     "DDIMScheduler": "it is wrong with linspace spacing (diffusers 0.42): choose sampler=ddim",
@@ -46,7 +47,7 @@ def diffusers_solver(
     """x_0 by a deterministic solver of diffusers, named by its class.
 
     Args:
-        num_steps: of the solver; Heun's evaluates the network 2 num_steps - 1 times.
+        num_steps: of the solver; Heun's evaluates the network 2 num_steps - 1 times, DEIS's num_steps + 1 times.
         clip_x_0: clamp the predicted x_0 to [-1, 1]; for pixels, not for latents.
         options: arguments of the scheduler's class, of those in `SOUND`.
     """
@@ -66,11 +67,14 @@ def diffusers_solver(
         solver.set_timesteps(num_steps, device=x_T.device)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(f"options={options}: {scheduler} refuses: {error}") from error
+    _check_steps(solver, schedule, num_steps, spacing)
     x = x_T * solver.init_noise_sigma
     for t in solver.timesteps:
         x_t = solver.scale_model_input(x, t)
         _, eps = estimate(predict, schedule, x_t, t.expand(len(x)), y, clip_x_0)
         x = solver.step(eps, t, x).prev_sample
+    if solver.sigmas[-1] > 0:  # DEIS stops at the first timestep, with its noise
+        x, _ = estimate(predict, schedule, x, torch.zeros(len(x), dtype=torch.long, device=x.device), y, clip_x_0)
     return x
 
 
@@ -96,3 +100,16 @@ def _check(scheduler: str, schedule: Schedule, num_steps: int, options: Mapping[
     for name in options:
         if name not in SOUND[scheduler]:
             raise ValueError(f"options.{name}={options[name]}: {scheduler} takes {', '.join(SOUND[scheduler])}")
+
+
+def _check_steps(solver: Any, schedule: Schedule, num_steps: int, spacing: Spacing) -> None:
+    """Refuse steps that begin where x_t is not noise alone, or two of which are the same."""
+    begin = int(solver.timesteps.max())
+    if begin < len(schedule) - 1 and schedule.alphas_cumprod[begin] > MAX_SIGNAL:
+        raise ValueError(
+            f"num_steps={num_steps}: with spacing={spacing} this solver would begin at timestep {begin} of "
+            f"{len(schedule)}, where x_t is not noise alone: choose spacing=trailing"
+        )
+    sigmas = solver.sigmas
+    if len(sigmas[:-1].unique()) < num_steps or sigmas[-1] >= sigmas[0]:
+        raise ValueError(f"num_steps={num_steps}: this solver would stand still: choose another number of steps")
