@@ -22,6 +22,7 @@ from diffussm.config import leaves, nearest
 from diffussm.data.autoencoder import Autoencoder, IdentityAutoencoder
 from diffussm.data.images import ImageSource
 from diffussm.data.loader import BatchLoader
+from diffussm.diffusion.classification import ClassifierObjective
 from diffussm.diffusion.guidance import Guidance, Guided
 from diffussm.diffusion.likelihood import variational_bound
 from diffussm.diffusion.objective import Objective
@@ -30,7 +31,8 @@ from diffussm.diffusion.schedule import Schedule
 from diffussm.evaluation.evaluator import Evaluation
 from diffussm.evaluation.generate import Generator
 from diffussm.evaluation.likelihood import ImageMeasure
-from diffussm.models import S4D
+from diffussm.models import S4D, NoisyClassifier
+from diffussm.models.layers import Denoiser
 from diffussm.report.grid import save_grid
 from diffussm.runtime.errors import ConfigError, RunDirectoryError, UserError, note
 from diffussm.runtime.run_dir import RunDirectory
@@ -81,16 +83,17 @@ class System:
             self.model = construct(config.model, "model").to(device)
         self.process = process
         self.objective: Objective = construct(config.objective, "objective", schedule=process)
-        try:
-            self.objective.check_network(bool(config.model.get("learn_sigma")))
-        except ValueError as error:
-            raise ConfigError(_with_key("objective", error)) from error
+        check_objective(self.model, self.objective)
 
     def generator(self, model: nn.Module, config: DictConfig) -> Generator:
         """Generation with these weights and the sampler, guidance and sampling of `config`."""
         sampling = config.sampling
+        if isinstance(self.model, NoisyClassifier):
+            raise ConfigError(
+                "a classifier draws nothing: name the checkpoint of a denoiser, or train it with sampler=none"
+            )
         if not config.sampler:
-            raise ConfigError("sampler=none: nothing can be drawn: choose a sampler")
+            raise ConfigError("sampler=none: draws nothing: choose a sampler, such as sampler=ddim")
         sampler = bound(config.sampler, "sampler")
         self._try_out(sampler)
         precision = Precision(sampling.precision, self.device)
@@ -200,6 +203,20 @@ def check_latents(model: DictConfig, latent_shape: tuple[int, int, int]) -> None
         raise ConfigError(f"model.hourglass_ratio={ratio}: does not divide the {tokens} tokens of the data")
 
 
+def check_objective(model: nn.Module, objective: Objective) -> None:
+    """Refuse to train a denoiser as a classifier, the reverse, or a variance that the objective leaves alone."""
+    classifies = isinstance(objective, ClassifierObjective)
+    misfit = f"objective: {type(objective).__name__} does not train {type(model).__name__}"
+    if isinstance(model, NoisyClassifier) and not classifies:
+        raise ConfigError(f"{misfit}: set objective=classifier, or choose another model")
+    if isinstance(model, Denoiser) and classifies:
+        raise ConfigError(f"{misfit}: choose another objective, or model=classifier_tiny or its like")
+    try:
+        objective.check_network(bool(getattr(model, "learn_sigma", False)))
+    except ValueError as error:
+        raise ConfigError(_with_key("objective", error)) from error
+
+
 def build_trainer(
     system: System,
     source: ImageSource,
@@ -241,7 +258,13 @@ def build_trainer(
 
 def _periodic(system: System, run: RunDirectory, sample_every_images: int | None) -> list[Periodic]:
     config = system.config
+    evaluation = build_evaluation(config, system.image_shape)
     if not config.sampler:
+        if evaluation is not None and evaluation.every_images:
+            every = evaluation.every_images
+            raise ConfigError(
+                f"evaluation.every_images={every}: needs samples: choose a sampler, or set it to null"
+            )
         return []
     system.generator(system.model, config)  # fails now rather than hours later
 
@@ -252,7 +275,6 @@ def _periodic(system: System, run: RunDirectory, sample_every_images: int | None
         return {}
 
     periodic = [Periodic("samples", sample_every_images, draw_grid)]
-    evaluation = build_evaluation(config, system.image_shape)
     if evaluation is not None and evaluation.every_images:
 
         def evaluate(model: nn.Module, images: int) -> Mapping[str, Any]:
@@ -405,7 +427,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str):
         return isinstance(value, hint)
-    return True  # paths, sequences and nested objects are the constructor's to judge
+    if origin in (Sequence, tuple):
+        items = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
+        hints = get_args(hint) if origin is tuple else get_args(hint) * len(items or ())
+        return items is not None and len(items) == len(hints) and all(map(_fits, items, hints))
+    return True  # paths and nested objects are the constructor's to judge
 
 
 def _describe(hint: Any) -> str:
@@ -413,6 +439,10 @@ def _describe(hint: Any) -> str:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_describe(option) for option in get_args(hint))
+    if get_origin(hint) is Sequence:
+        return f"a list, each {_describe(*get_args(hint))}"
+    if get_origin(hint) is tuple:
+        return f"a list of {', '.join(map(_describe, get_args(hint)))}"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return names.get(hint, str(hint))
 

@@ -33,6 +33,8 @@ DESCRIPTIONS = {
           experiment=NAME               a complete recipe; what follows changes it
           name=NAME                     the run; its directory is runs/NAME (run_dir=DIR for another)
           model= data= optimizer=       choose between the options listed below
+          objective=flow                rectified flow instead of diffusion
+          objective.prediction=v        eps, x_0 or v; diffusion.zero_terminal_snr=true needs one of the last two
           model.hidden_size=128         any parameter of what was chosen
           trainer.batch_size=256        images per step (global)
           trainer.total_images=2M       length of training; suffixes k, M, Ki, Mi
@@ -49,18 +51,30 @@ DESCRIPTIONS = {
 
           checkpoint=PATH               a run directory (newest valid checkpoint) or one checkpoint
           num_images=100 classes=[3,7]  how many, of which classes
-          sampler=ddim                  default: the sampler of the run's configuration
-          sampler.num_steps=50 sampling.guidance_scale=1.5 sampling.seed=0 sampling.weights=ema
+          sampler=ddim                  default: the sampler of the run's configuration, as are the next two lines
+          sampler.num_steps=50 sampling.seed=0 sampling.weights=ema
+          guidance.scale=1.5            classifier-free; guidance.channels=3 guidance.interval=[100,800]
+          guidance=classifier guidance.checkpoint=PATH guidance.scale=2
+                                        by a classifier (experiment=digits_classifier trains one)
+          guidance=autoguidance guidance.checkpoint=PATH
+                                        by a weaker model of the same data
           out=DIR                       default: a directory under samples/ of the run
           trust_checkpoint=true         build what a checkpoint names from outside diffussm
 
         Image i is a function of (sampling.seed, i).""",
     "evaluate": """\
-        Generate images from a checkpoint and compare them with a reference; prints a table, writes results.json.
+        Generate images from a checkpoint and compare them with a reference, or measure the model on real images;
+        prints a table, writes results.json.
 
           checkpoint=PATH               a run directory (newest valid checkpoint) or one checkpoint
           evaluation.num_samples=1000   default: the evaluation of the run's configuration
-          sampler= sampler.num_steps= sampling.guidance_scale= sampling.weights=
+          sampler= sampler.num_steps= guidance.scale= sampling.weights=
+                                        as for `sample`
+          metrics=[fid,is]              of fid, sfid, is, precision, recall, class_agreement (default: all these)
+          metrics=[vlb]                 the exact variational bound on real images, in bits per dimension
+          metrics=[inversion]           how far DDIM, run backwards and forwards, ends from images (rms of x_0)
+          data.split=held_out likelihood_images=100
+                                        on which images, and how many; default: all of the run's data
           out=FILE                      default: results.json of the run
           trust_checkpoint=true         build what a checkpoint names from outside diffussm""",
     "import": """\
@@ -80,11 +94,13 @@ DESCRIPTIONS = {
         Write the weights of a checkpoint as safetensors for other programs.
 
           checkpoint=PATH               a run directory (newest valid checkpoint) or one checkpoint
+          layout=pipeline               the default: a directory with a model card that
+                                        diffussm.pipeline.DiffuSSMPipeline.from_pretrained loads, for diffusers
           layout=official               one file with the names of DiT's authors (of DiffuSSM: its own)
           layout=diffusers              a directory for DiTTransformer2DModel.from_pretrained; its outputs differ
                                         slightly, for its timestep sinusoid has other frequencies
           weights=ema                   ema, ema_<decay> or model
-          out=PATH                      default: under export/ of the run""",
+          to=PATH                       default: under export/ of the run""",
     "complexity": """\
         Print what models cost on paper, per image of one forward pass. Nothing is computed.
 

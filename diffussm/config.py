@@ -85,7 +85,7 @@ class TrainConfig:
     objective: Any = fixed()
     optimizer: Any = fixed()
     trainer: TrainerConfig = fixed(TrainerConfig)
-    sampler: Any = free()
+    sampler: Any = free()  # empty: no samples are drawn in training
     guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
     evaluation: Any = free()
@@ -136,9 +136,9 @@ class ExportConfig:
 
     checkpoint: str = free()
     trust_checkpoint: bool = free(False)  # build classes from outside diffussm that a checkpoint names
-    layout: str = free("official")  # or diffusers
+    layout: str = free("pipeline")  # pipeline, official or diffusers
     weights: str = free("ema")  # ema (the first average), ema_<decay>, or model
-    out: str | None = free(None)  # null: export/<...> in the run directory
+    to: str | None = free(None)  # null: export/<...> in the run directory
 
 
 @dataclass
@@ -217,7 +217,7 @@ def validate(config: DictConfig) -> None:
         is_name = re.fullmatch(r"\w[\w.\-]{0,99}", config.name)
         _require(config, "name", is_name, "use at most 100 letters, digits and . _ -")
     if "layout" in config:
-        _require_choice(config, "layout", ("official", "diffusers"))
+        _require_choice(config, "layout", ("pipeline", "official", "diffusers"))
     if "sampling" in config:
         _validate_sampling(config)
     if "suites" in config:
@@ -236,6 +236,9 @@ def validate(config: DictConfig) -> None:
         _require(config, "num_images", config.num_images >= 1, "must be at least 1")
     if "metrics" in config:
         _validate_metrics(config)
+    if config.get("sampler") and "_target_" not in config.sampler:
+        key = next(iter(config.sampler))
+        raise ConfigError(f"sampler.{key}={config.sampler[key]}: sampler=none has no such key: choose a sampler")
     if config.get("autoencoder") and config.sampler and config.sampler.get("clip_x_0") is True:
         in_pixels = config.autoencoder._target_.endswith("IdentityAutoencoder")
         _require(config, "sampler.clip_x_0", in_pixels, "latents are not bounded: set it to false")

@@ -53,7 +53,7 @@ BAD_INPUT = [
     (
         (*DIGITS, "model=nonsense"),
         2,
-        "model=nonsense: choose diffussm_l, diffussm_s, diffussm_tiny, diffussm_xl, dit_b_2, dit_b_4",
+        "model=nonsense: choose classifier_tiny, diffussm_l, diffussm_s, diffussm_tiny, diffussm_xl, dit_b_2",
     ),
     ((*DIGITS, "modle=diffussm_s"), 2, "modle: no such key (did you mean model?)"),
     ((*DIGITS, "model.hidden_size=65"), 2, "model.hidden_size=65: must be divisible by hourglass_ratio=2"),
@@ -97,10 +97,17 @@ BAD_INPUT = [
         2,
         "trainer.batch_size=999999999: exceeds trainer.total_images=96000",
     ),
-    ((*DIGITS, "model=null"), 2, "model=null: choose one of diffussm_l"),
+    ((*DIGITS, "model=null"), 2, "model=null: choose one of classifier_tiny, diffussm_l"),
     ((*DIGITS, "sampler=null"), 2, "sampler=null: choose one of ddim, ddpm"),
-    ((*DIGITS, "optimizer.betas=[0.9]"), 2, "optimizer.betas=[0.9]: must be two numbers"),
+    ((*DIGITS, "optimizer.betas=[0.9]"), 2, "optimizer.betas=[0.9]: must be a list of a number, a number"),
     ((*DIGITS, "optimizer.eps=-1"), 2, "optimizer.eps=-1"),
+    ((*DIGITS, "objective=flow", "sampler=flow_heun", "model.learn_sigma=true"), 2, "model.learn_sigma=false"),
+    ((*DIGITS, "objective.prediction=w"), 2, "objective.prediction=w: must be one of eps, x_0, v"),
+    ((*DIGITS, "diffusion.zero_terminal_snr=true"), 2, "objective.prediction=eps: tells nothing about x_0"),
+    ((*DIGITS, "objective.loss=simple"), 2, "objective.loss=simple: leaves a learned variance untrained"),
+    ((*DIGITS, "sampler.num_steps=abc"), 2, "sampler.num_steps=abc: must be an integer or a list"),
+    ((*DIGITS, "guidance.interval=[5]"), 2, "guidance.interval=[5]: must be two timesteps"),
+    ((*DIGITS, "guidance=autoguidance"), 2, "guidance.checkpoint: not set"),
     ((*DIGITS, "device=meta"), 2, "device=meta: choose auto, cpu, cuda"),
     ((*DIGITS, "name=" + 300 * "x"), 2, "use at most 100 letters"),
     ((*DIGITS, "name=.."), 2, "name=.."),
@@ -127,7 +134,11 @@ BAD_INPUT = [
         2,
         "resolutions=[72]: 9x9 latents: not divisible by patch_size=8",
     ),
-    (("complexity", "model.d_state=8"), 2, "model.d_state: no model is chosen: add model=NAME, one of diffussm_l"),
+    (
+        ("complexity", "model.d_state=8"),
+        2,
+        "model.d_state: no model is chosen: add model=NAME, one of classifier_tiny",
+    ),
     (("schedules", "diffusion=cosin"), 2, "diffusion=cosin: choose cosine, linear"),
     (
         ("schedules", "diffusion.num_timesteps=9"),
@@ -167,6 +178,19 @@ def test_bad_input_is_one_line_and_creates_nothing(arguments, code, says, in_tmp
     assert list(in_tmp.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("diffusion=rectified_flow", "objective: needs a noise schedule"),
+        ("objective=flow", "choose sampler=flow_euler or flow_heun"),
+    ],
+)
+def test_processes_and_what_does_not_fit_them_are_refused(diffussm, in_tmp, override, says):
+    result = diffussm(*DIGITS, override)  # a process of its own, in which signatures are not checked at run time
+    assert result.returncode == 2 and says in result.stderr and result.stderr.count("\n") == 1
+    assert list(in_tmp.iterdir()) == []
+
+
 def test_a_file_in_place_of_the_run_directory_is_named(in_tmp, capsys):
     (in_tmp / "runs").write_text("mine")
     assert main(DIGITS) == 73
@@ -177,12 +201,12 @@ def test_help_names_verbs_groups_and_exit_codes(capsys):
     for arguments, promises in (
         (["--help"], ["train", "sample", "evaluate", "import", "export"]),
         (["import", "--help"], ["diffussm import FILE", "model.num_heads=", "dit_xl_2"]),
-        (["export", "--help"], ["layout=diffusers", "weights=ema"]),
+        (["export", "--help"], ["DiffuSSMPipeline", "layout=diffusers", "weights=ema", "to=PATH"]),
         (["train", "--help"], ["experiment=", "diffussm_xl", "image_folder", "75 stopped by a signal"]),
-        (["sample", "--help"], ["checkpoint=PATH", "ddim ddpm"]),
+        (["sample", "--help"], ["checkpoint=PATH", "ddim", "flow_heun", "autoguidance"]),
         (["evaluate", "--help"], ["results.json", "digits none"]),
         (["bench", "--help"], ["suites=", "device=cuda", "bench.json"]),
-        (["schedules", "--help"], ["out=FILE", "diffusion=NAME", "quadratic scaled_linear sigmoid"]),
+        (["schedules", "--help"], ["out=FILE", "diffusion=NAME", "quadratic rectified_flow scaled_linear"]),
         (["complexity", "--help"], ["resolutions=", "diffussm_xl"]),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -549,11 +573,11 @@ def test_export_and_import_are_inverses_in_both_layouts(run, in_tmp, capsys):
     torch.save(public_weights(), "dit.pth")
     assert main(["import", "dit.pth", HEADS, "name=a"]) == 0
     state = weights_of(Path("runs/a"))
-    assert main(["export", "checkpoint=runs/a", "out=a.safetensors"]) == 0
+    assert main(["export", "checkpoint=runs/a", "layout=official", "to=a.safetensors"]) == 0
     assert equal(load_file("a.safetensors"), state)
     assert main(["import", "a.safetensors", HEADS, "name=b"]) == 0
     assert (
-        main(["export", "checkpoint=runs/b", "layout=diffusers", "weights=model", "out=pipeline/transformer"]) == 0
+        main(["export", "checkpoint=runs/b", "layout=diffusers", "weights=model", "to=pipeline/transformer"]) == 0
     )
     theirs = diffusers.DiTTransformer2DModel.from_pretrained("pipeline/transformer", low_cpu_mem_usage=False)
     assert theirs.config.num_embeds_ada_norm == 10 and theirs.config.sample_size == 8
@@ -568,7 +592,7 @@ def test_export_and_import_are_inverses_in_both_layouts(run, in_tmp, capsys):
         assert equal(weights_of(Path("runs") / name), state)
         assert OmegaConf.load(f"runs/{name}/config.yaml").model.num_heads == 4
     assert (
-        main(["export", f"checkpoint={run}", "out=run.safetensors", "weights=model"]) == 0
+        main(["export", f"checkpoint={run}", "layout=official", "to=run.safetensors", "weights=model"]) == 0
     )  # DiffuSSM's own names
     assert equal(load_file("run.safetensors"), weights_of(run))
 
@@ -655,16 +679,21 @@ def test_exports_that_cannot_be_are_one_line_and_overwrite_nothing(run, in_tmp, 
     torch.save(public_weights(conditioning="in_context"), "b.pt")
     assert main(["import", "a.pt", HEADS, "model.num_classes=11", "model.class_dropout_prob=0"]) == 0
     assert main(["import", "b.pt", HEADS]) == 0
+    torch.save(public_weights(in_channels=4), "c.pt")
+    assert main(["import", "c.pt", HEADS]) == 0
     Path("there").mkdir()
     capsys.readouterr()
     for arguments, code, says in (
         ((f"checkpoint={run}", "layout=diffusers"), 2, "layout=diffusers: diffusers has no DiffuSSM"),
         (("checkpoint=runs/a", "layout=diffusers"), 2, "needs a null label"),
         (("checkpoint=runs/b", "layout=diffusers"), 2, "layout=diffusers: conditioning=in_context: diffusers has"),
-        (("checkpoint=runs/b", "layout=onnx"), 2, "layout=onnx: choose official, diffusers"),
+        (("checkpoint=runs/b", "layout=onnx"), 2, "layout=onnx: choose pipeline, official, diffusers"),
+        (("checkpoint=runs/b", "out=elsewhere"), 2, "out: no such key"),
         (("checkpoint=runs/b", "weights=ema_0.5"), 2, "weights=ema_0.5: runs/b/checkpoints/step-000000000000 has"),
-        (("checkpoint=runs/b", "out=b.ckpt"), 2, "out=b.ckpt: must end in .safetensors"),
-        (("checkpoint=runs/b", "out=there", "layout=diffusers"), 73, "out=there: exists"),
+        (("checkpoint=runs/b", "to=b.ckpt", "layout=official"), 2, "to=b.ckpt: must end in .safetensors"),
+        (("checkpoint=runs/b", "to=there", "layout=diffusers"), 73, "to=there: exists"),
+        (("checkpoint=runs/b", "to=there"), 73, "to=there: exists"),
+        (("checkpoint=runs/c",), 2, "layout=pipeline: the model gives images of 4 channels"),
     ):
         assert main(["export", *arguments]) == code
         captured = capsys.readouterr()

@@ -24,9 +24,13 @@ def resolved(*overrides: str) -> dict:
 )
 def test_every_option_composes_and_matches_its_constructor(group, option):
     extra = ["data.path=somewhere"] if (group, option) == ("data", "image_folder") else []
-    extra += ["guidance.checkpoint=somewhere"] if option in ("autoguidance", "classifier") else []
-    clip = ["sampler.clip_x_0=false"] if group in ("sampler", "autoencoder") else []
-    chosen = compose("train", ["experiment=digits", f"{group}={option}", *extra, *clip])[group]
+    extra += ["guidance.checkpoint=somewhere"] if group == "guidance" and option != "classifier_free" else []
+    if (group, option) == ("sampler", "none"):
+        experiment = "digits_classifier"  # whose other keys set none of a sampler
+    else:
+        experiment = "digits"
+        extra += ["sampler.clip_x_0=false"] if group in ("sampler", "autoencoder") else []
+    chosen = compose("train", [f"experiment={experiment}", f"{group}={option}", *extra])[group]
     assert not chosen or build.check_signature(chosen, group) == chosen
 
 

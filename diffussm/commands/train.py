@@ -60,7 +60,8 @@ def run(options: argparse.Namespace) -> int:
             )
             raise
         directory.write_status("finished", images=trainer.images, step=trainer.step, exit_code=0)
-    print(f"{directory.path}: finished at {trainer.images:,} images; pictures in {directory.samples}")
+    pictures = f"; pictures in {directory.samples}" if config.sampler else ""
+    print(f"{directory.path}: finished at {trainer.images:,} images{pictures}")
     return 0
 
 

@@ -37,10 +37,12 @@ class StraightPath:
 
     def shift(self, times: Float[Tensor, "S"], latent_pixels: int) -> Float[Tensor, "S"]:
         """t -> s t / (1 + (s - 1) t)  (SD3 eq. 23), which keeps 0 and 1."""
-        if self.reference_pixels is None:
-            return times
-        s = math.sqrt(latent_pixels / self.reference_pixels)
+        s = self.shift_factor(latent_pixels)
         return s * times / (1 + (s - 1) * times)
+
+    def shift_factor(self, latent_pixels: int) -> float:
+        """s, 1 without a reference."""
+        return 1.0 if self.reference_pixels is None else math.sqrt(latent_pixels / self.reference_pixels)
 
     def to(self, device: torch.device | str) -> "StraightPath":
         """Itself: it holds no tensors."""

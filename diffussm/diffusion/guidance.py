@@ -67,17 +67,7 @@ class ClassifierFree:
                 f"scale={self.scale}: needs a conditional model with class_dropout_prob above 0; 1 is no guidance"
             )
 
-        def guided(x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-            if y is None:
-                raise ValueError("guidance needs labels")
-            active = _active(t, self.interval)
-            if not active.any():
-                return network(x_t, t, y)
-            labels = torch.cat([y, torch.full_like(y, null_label)])
-            output = network(torch.cat([x_t, x_t]), torch.cat([t, t]), labels)
-            conditional, unconditional = output.chunk(2)
-            return extrapolate(unconditional, conditional, self.scale, x_t.shape[1], self.channels, active)
-
+        guided = classifier_free_guidance(network, self.scale, null_label, self.channels, self.interval)
         return Guided(predictor_of(guided), network.num_classes)
 
 
@@ -103,6 +93,10 @@ class Classifier:
     def __call__(self, network: Any, predictor_of: PredictorOf, load: Load) -> Guided:
         """The network's predictor with the classifier's gradient."""
         classifier = load(self.checkpoint, self.weights)
+        if hasattr(classifier, "null_label"):
+            raise ValueError(
+                f"checkpoint={self.checkpoint}: is no classifier: train one with objective=classifier"
+            )
         if network.num_classes not in (None, classifier.num_classes):
             raise ValueError(
                 f"checkpoint={self.checkpoint}: knows {classifier.num_classes} classes, the model "
@@ -142,6 +136,8 @@ class Autoguidance:
     def __call__(self, network: Any, predictor_of: PredictorOf, load: Load) -> Guided:
         """The guided network."""
         weak = load(self.checkpoint, self.weights)
+        if not hasattr(weak, "null_label"):
+            raise ValueError(f"checkpoint={self.checkpoint}: is a classifier: choose guidance=classifier")
         if weak.num_classes != network.num_classes:
             raise ValueError(
                 f"checkpoint={self.checkpoint}: knows {weak.num_classes} classes, the model "
@@ -156,6 +152,29 @@ class Autoguidance:
             return extrapolate(weak(x_t, t, y), output, self.scale, x_t.shape[1], self.channels, active)
 
         return Guided(predictor_of(guided), network.num_classes)
+
+
+def classifier_free_guidance(
+    network: Network,
+    scale: float,
+    null_label: int,
+    channels: int | None = None,
+    interval: Sequence[int | float] | None = None,
+) -> Network:
+    """A network that says what `ClassifierFree` describes."""
+
+    def guided(x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        if y is None:
+            raise ValueError("guidance needs labels")
+        active = _active(t, interval)
+        if not active.any():
+            return network(x_t, t, y)
+        labels = torch.cat([y, torch.full_like(y, null_label)])
+        output = network(torch.cat([x_t, x_t]), torch.cat([t, t]), labels)
+        conditional, unconditional = output.chunk(2)
+        return extrapolate(unconditional, conditional, scale, x_t.shape[1], channels, active)
+
+    return guided
 
 
 def extrapolate(

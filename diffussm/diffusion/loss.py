@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.special import log_ndtr
 
-from diffussm.diffusion.objective import Draws, Objective, mean_flat
+from diffussm.diffusion.objective import Draws, Objective, mean_flat, require_schedule
 from diffussm.diffusion.process import (
     FixedVariance,
     Gaussian,
@@ -66,6 +66,7 @@ class DDPMObjective(Objective):
         fixed_variance: FixedVariance = "beta_tilde",
         timesteps: Literal["uniform", "loss_second_moment"] = "uniform",
     ) -> None:
+        require_schedule(schedule)
         if not 0 <= vb_weight < math.inf:
             raise ValueError(f"vb_weight={vb_weight}: must be finite and at least 0")
         if min_snr_gamma is not None and not 0 < min_snr_gamma < math.inf:
@@ -86,7 +87,7 @@ class DDPMObjective(Objective):
         )
 
     @property
-    def num_timesteps(self) -> int:  # type: ignore[override]
+    def num_timesteps(self) -> int:
         """T."""
         return len(self.schedule)
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffussm.diffusion.process import Network, Predictor
+from diffussm.diffusion.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,12 @@ class Draws:
 
 
 class Objective:
-    """The base of all objectives. One without memory has nothing to observe and no state.
+    """The base of all objectives. One without memory has nothing to observe and no state."""
 
-    Attributes:
-        num_timesteps: T; timesteps lie in 0 .. T.
-    """
-
-    num_timesteps: int
+    @property
+    def num_timesteps(self) -> int:
+        """T; the timesteps that `draw` draws lie in 0 .. T."""
+        raise NotImplementedError
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draws:
         """Timesteps, noise and label-drop draws for a global batch of x_0 of this shape."""
@@ -76,6 +76,12 @@ class Objective:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`."""
+
+
+def require_schedule(schedule: object) -> None:
+    """ValueError for a process that is no Gaussian diffusion."""
+    if not isinstance(schedule, Schedule):
+        raise ValueError("needs a noise schedule, as diffusion=linear has one: choose it, or objective=flow")
 
 
 def mean_flat(x: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:

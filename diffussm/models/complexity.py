@@ -6,6 +6,7 @@ work of the state-space model has a column of its own.
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,13 +39,14 @@ class Complexity:
 
 
 def measure_complexity(model: nn.Module, latent_shape: Sequence[int]) -> Complexity:
-    """The complexity of a denoiser on latents (C, H, W); a model on the meta device will do.
+    """The complexity of a denoiser or classifier on latents (C, H, W); a model on the meta device will do.
 
     ValueError if the latents do not fit the model.
     """
     with torch.device("meta"):
         inputs = [torch.zeros(1, *latent_shape), torch.zeros(1, dtype=torch.long)]
-        if getattr(model, "num_classes", None) is not None:
+        takes_labels = "y" in inspect.signature(model.forward).parameters  # a classifier gives them
+        if takes_labels and getattr(model, "num_classes", None) is not None:
             inputs.append(torch.zeros(1, dtype=torch.long))
     return measure_module(model, *inputs)
 

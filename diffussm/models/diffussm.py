@@ -4,14 +4,18 @@ After "Diffusion Models Without Attention" (Yan, Gu, Rush; CVPR 2024, arXiv 2311
 figure 2. Latents are flattened row by row, so token l stands for one latent pixel (or patch). Only the dense
 layers work on the shortened sequence J = L / M; the state-space model always sees all L tokens.
 
-    DiffuSSM            embed -> N x DiffuSSMBlock -> FinalLayer
+    DiffuSSM            to_tokens, embed -> run_blocks: N x DiffuSSMBlock -> FinalLayer
     DiffuSSMBlock       adaLN-Zero residual around  HourglassDense -> S4D -> HourglassFusion
 
 The paper's text and equations allow two readings. `figure`: the residual stream has L tokens, each block
 shortens it and lengthens it again by learned maps. `equation`: the stream itself has J tokens, M latent pixels
 each, and the gate is 2D wide. `figure` is nearer to the paper's parameter count.
+
+The functions below `DiffuSSM` are what networks of these blocks share.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -83,45 +87,18 @@ class DiffuSSM(Denoiser):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(in_channels, num_classes, learn_sigma)
-        require_positive(hidden_size=hidden_size, depth=depth)
-        require_positive(hourglass_ratio=hourglass_ratio, patch_size=patch_size)
-        if hidden_size % hourglass_ratio:
-            raise ValueError(f"hidden_size={hidden_size}: must be divisible by hourglass_ratio={hourglass_ratio}")
+        require_options(hidden_size, depth, hourglass_ratio, patch_size, token_order, positions)
         require_choice("reading", reading, Reading)
-        require_choice("token_order", token_order, TokenOrder)
-        require_choice("positions", positions, Positions)
-        if positions == "sincos":
-            sincos_positions(hidden_size, 1, 1)  # refuses a width that it does not fit
         self.hourglass_ratio, self.patch_size, self.positions = hourglass_ratio, patch_size, positions
-        self.activation_checkpointing = activation_checkpointing
+        self.token_order, self.activation_checkpointing = token_order, activation_checkpointing
         # how many tokens share one vector of the residual stream
         self.group_size = hourglass_ratio if reading == "equation" else 1
-        if token_order == "alternating":
-            self.orders = [("raster", "columns")[index % 2] for index in range(depth)]
-        else:
-            self.orders = [token_order] * depth
 
         pixels = patch_size**2 * self.group_size
         self.x_embedder = linear(in_channels * pixels, hidden_size)
         self.make_embedders(hidden_size, class_dropout_prob)
-        self.blocks = nn.ModuleList(
-            DiffuSSMBlock(
-                hidden_size,
-                hourglass_ratio,
-                S4D(
-                    hidden_size,
-                    d_state,
-                    bidirectional=bidirectional,
-                    init=init,
-                    discretization=discretization,
-                    dt_min=dt_min,
-                    dt_max=dt_max,
-                    learn_B=learn_B,
-                ),
-                reading,
-            )
-            for _ in range(depth)
-        )
+        ssm = partial(S4D, hidden_size, d_state, bidirectional, init, discretization, dt_min, dt_max, learn_B)
+        self.blocks = make_blocks(hidden_size, depth, hourglass_ratio, ssm, reading)
         self.final_layer = FinalLayer(hidden_size, self.out_channels * pixels)
 
     def forward(
@@ -139,37 +116,82 @@ class DiffuSSM(Denoiser):
             drop_uniform: draws in [0, 1) that decide, in training mode only, which labels are dropped;
                 by default they come from torch's global generator.
         """
-        height, width = self._grid(x_t)
         embeddings = self.embed(t, y, drop_uniform)
         c = sum(embeddings[1:], start=embeddings[0])  # (B, D)
-        patches = {"p": self.patch_size, "q": self.patch_size}
-        x = rearrange(x_t, "b c (h p) (w q) -> b (h w) (p q c)", **patches)
-        x = self.x_embedder(rearrange(x, "b (j m) i -> b j (m i)", m=self.group_size))  # (B, L or J, D)
+        tokens, (height, width) = to_tokens(x_t, self.patch_size, self.hourglass_ratio)
+        x = self.x_embedder(rearrange(tokens, "b (j m) i -> b j (m i)", m=self.group_size))  # (B, L or J, D)
         x = x.to(x_t.dtype)  # the residual stream stays fp32 under autocast: it sums 29 small increments
         if self.positions == "sincos":
             x = x + sincos_positions(x.shape[-1], height, width, x.device)[:: self.group_size].to(x)
-        orders = {name: _token_order(name, height, width, x.device) for name in set(self.orders)}
-        for block, order in zip(self.blocks, self.orders, strict=True):
-            if self.activation_checkpointing and self.training:
-                x = recomputed(block, x, c, orders[order])
-            else:
-                x = block(x, c, orders[order])
+        recompute = self.activation_checkpointing and self.training
+        x = run_blocks(self.blocks, x, c, (height, width), self.token_order, recompute=recompute)
         x = self.final_layer(x, c)
         x = rearrange(x, "b j (m o) -> b (j m) o", m=self.group_size)  # (B, L, C_out p p)
-        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=height, **patches)
+        p = self.patch_size
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=p, q=p)
 
-    def _grid(self, x_t: Tensor) -> tuple[int, int]:
-        """Rows and columns of tokens; ValueError if patch size or hourglass do not fit the latents."""
-        height, width = x_t.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"{height}x{width} latents: not divisible by patch_size={self.patch_size}")
-        height, width = height // self.patch_size, width // self.patch_size
-        if height * width % self.hourglass_ratio:
-            raise ValueError(
-                f"{x_t.shape[-2]}x{x_t.shape[-1]} latents have {height * width} tokens, which hourglass_ratio="
-                f"{self.hourglass_ratio} does not divide"
-            )
-        return height, width
+
+def require_options(
+    hidden_size: int, depth: int, hourglass_ratio: int, patch_size: int, token_order: str, positions: str
+) -> None:
+    """ValueError names the first option with which no network of DiffuSSM's blocks can be made."""
+    require_positive(hidden_size=hidden_size, depth=depth)
+    require_positive(hourglass_ratio=hourglass_ratio, patch_size=patch_size)
+    if hidden_size % hourglass_ratio:
+        raise ValueError(f"hidden_size={hidden_size}: must be divisible by hourglass_ratio={hourglass_ratio}")
+    require_choice("token_order", token_order, TokenOrder)
+    require_choice("positions", positions, Positions)
+    if positions == "sincos":
+        sincos_positions(hidden_size, 1, 1)  # refuses a width that it does not fit
+
+
+def make_blocks(
+    hidden_size: int, depth: int, hourglass_ratio: int, ssm: Callable[[], S4D], reading: Reading = "figure"
+) -> nn.ModuleList:
+    """`depth` blocks, each around a state-space layer of its own that `ssm` makes."""
+    return nn.ModuleList(DiffuSSMBlock(hidden_size, hourglass_ratio, ssm(), reading) for _ in range(depth))
+
+
+def to_tokens(
+    x: Float[Tensor, "B C H W"], patch_size: int, hourglass_ratio: int
+) -> tuple[Float[Tensor, "B L p_p_C"], tuple[int, int]]:
+    """Latents as one vector per patch, row by row, and the rows and columns of this grid.
+
+    ValueError if the latents cannot be cut into patches, or their tokens into groups of `hourglass_ratio`.
+    """
+    height, width = x.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"{height}x{width} latents: not divisible by {patch_size=}")
+    tokens = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
+    if tokens.shape[1] % hourglass_ratio:
+        raise ValueError(
+            f"{height}x{width} latents have {tokens.shape[1]} tokens, which {hourglass_ratio=} does not divide"
+        )
+    return tokens, (height // patch_size, width // patch_size)
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Float[Tensor, "B T D"],
+    c: Float[Tensor, "B D"],
+    grid: tuple[int, int],
+    token_order: TokenOrder,
+    *,
+    recompute: bool = False,
+) -> Float[Tensor, "B T D"]:
+    """The residual stream after all blocks, whose state-space models see a grid's tokens in `token_order`.
+
+    With `recompute` the backward pass needs each block's input only and computes the block again.
+    """
+    if token_order == "alternating":
+        names = [("raster", "columns")[index % 2] for index in range(len(blocks))]
+    else:
+        names = [token_order] * len(blocks)
+    orders = {name: _token_order(name, *grid, x.device) for name in set(names)}
+    for block, name in zip(blocks, names, strict=True):
+        inputs = x, c, orders[name]
+        x = recomputed(block, *inputs) if recompute else block(*inputs)
+    return x
 
 
 def _token_order(
