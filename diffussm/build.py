@@ -88,10 +88,7 @@ class System:
     def generator(self, model: nn.Module, config: DictConfig) -> Generator:
         """Generation with these weights and the sampler, guidance and sampling of `config`."""
         sampling = config.sampling
-        if isinstance(self.model, NoisyClassifier):
-            raise ConfigError(
-                "a classifier draws nothing: name the checkpoint of a denoiser, or train it with sampler=none"
-            )
+        self._refuse_classifier()
         if not config.sampler:
             raise ConfigError("sampler=none: draws nothing: choose a sampler, such as sampler=ddim")
         sampler = bound(config.sampler, "sampler")
@@ -119,6 +116,7 @@ class System:
     ) -> dict[str, ImageMeasure]:
         """Measures of real images: vlb, of the model itself, and inversion, of its guided deterministic DDIM."""
         measures: dict[str, ImageMeasure] = {}
+        self._refuse_classifier()
         if not isinstance(self.process, Schedule):
             raise ConfigError(f"metrics=[{', '.join(names)}]: rectified flow has no such measure: leave it out")
         schedule, precision = self.process, Precision(config.sampling.precision, self.device)
@@ -148,8 +146,17 @@ class System:
             measures["inversion"] = inversion
         return measures
 
+    def _refuse_classifier(self) -> None:
+        if isinstance(self.model, NoisyClassifier):
+            raise ConfigError(
+                "a classifier draws nothing: name the checkpoint of a denoiser, or train it with sampler=none"
+            )
+
     def _guided(self, model: nn.Module, config: DictConfig) -> Guided:
         guidance: Guidance = construct(config.guidance, "guidance")
+        channels, known = config.guidance.get("channels"), self.latent_shape[0]
+        if channels is not None and channels > known:
+            raise ConfigError(f"guidance.channels={channels}: the latents have {known}: set it to null for all")
         try:
             return guidance(model, self.objective.predictor, self._load_companion)
         except ValueError as error:
