@@ -27,7 +27,7 @@ from diffussm.diffusion.samplers import ddim, ddpm
 from diffussm.diffusion.schedule import cosine_schedule, linear_schedule
 from diffussm.models import DiT
 from diffussm.pipeline import DiffuSSMModel, DiffuSSMPipeline, DiTModel, ddpm_scheduler, flow_scheduler
-from diffussm.report.model_card import guidance_scale
+from diffussm.report.model_card import _describe, guidance_scale
 from diffussm.training.checkpoint import find_checkpoint
 
 SIZES = {"in_channels": 1, "num_classes": 10, "hidden_size": 16, "depth": 1}
@@ -381,6 +381,14 @@ def test_a_card_of_imported_weights_claims_no_training(in_tmp):
 
 def test_guidance_of_the_run_is_read_in_one_place():
     assert guidance_scale(OmegaConf.to_container(compose("train", ["experiment=digits"]))) == 1.25
+
+
+def test_a_card_does_not_tell_where_a_companion_lies():
+    guidance = {"_target_": "diffussm.diffusion.guidance.Classifier", "scale": 2.0}
+    configured = _describe({**guidance, "checkpoint": "/home/me/runs/classifier"})
+    measured = _describe({**guidance, "checkpoint": {"path": "/home/me/x", "sha256": "abc"}})
+    assert configured == "Classifier (scale=2.0, checkpoint=another run)"
+    assert measured == "Classifier (scale=2.0, checkpoint=SHA-256 abc)"
 
 
 @pytest.mark.parametrize(

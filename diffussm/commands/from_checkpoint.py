@@ -73,7 +73,7 @@ def read_answer(path: Path) -> dict[str, Any] | None:
         answer = json.loads(path.read_text())
         digest(answer["request"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise RunDirectoryError(f"{path}: exists and is not ours: move it away, or set out=") from None
+        raise RunDirectoryError(f"{path}: exists and is not ours: move it away") from None
     return answer
 
 

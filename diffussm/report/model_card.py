@@ -213,7 +213,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _describe(node: Mapping[str, Any]) -> str:
     """A group of the configuration: `ddim (num_steps=25, eta=0.0)`."""
-    options = {key: value for key, value in node.items() if key != "_target_"}
+    options = {key: value for key, value in node.items() if key not in ("_target_", "checkpoint")}
+    if "checkpoint" in node:  # of guidance; where it lies is no one else's business
+        companion = node["checkpoint"]
+        options["checkpoint"] = (
+            f"SHA-256 {companion['sha256']}" if isinstance(companion, Mapping) else "another run"
+        )
     return _name(node) + (f" ({_listed(options)})" if options else "")
 
 

@@ -93,7 +93,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path}: {error.strerror or error}: free space or choose another run_dir") from error
+        raise StorageError(f"{path}: {error.strerror or error}: free space, or choose another place") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
