@@ -128,12 +128,14 @@ class System:
 
             def vlb(x_0: Tensor, y: Tensor | None, noise: Noise) -> Mapping[str, Tensor]:
                 with precision.autocast():
-                    return variational_bound(predict, schedule, x_0, y, noise, fixed_variance)
+                    return variational_bound(predict, schedule, x_0, y, noise, fixed_variance, clip_x_0=True)
 
             measures["vlb"] = vlb
         if "inversion" in names:
             if not config.sampler or not config.sampler._target_.endswith(".ddim") or config.sampler.eta != 0:
                 raise ConfigError("metrics=[inversion]: inverts sampler=ddim with sampler.eta=0: choose these")
+            if schedule.has_zero_terminal_snr:
+                raise ConfigError("metrics=[inversion]: the last step of zero_terminal_snr=true has no inverse")
             guided = self._guided(model, config).predict
             steps = {"num_steps": config.sampler.num_steps, "spacing": config.sampler.spacing}
 
@@ -157,6 +159,11 @@ class System:
         channels, known = config.guidance.get("channels"), self.latent_shape[0]
         if channels is not None and channels > known:
             raise ConfigError(f"guidance.channels={channels}: the latents have {known}: set it to null for all")
+        interval, last = config.guidance.get("interval"), self.objective.num_timesteps
+        if interval is not None and not (interval[0] <= last and interval[1] >= 0 and interval[1] > 1):
+            raise ConfigError(
+                f"guidance.interval={interval}: holds no noise to speak of: timesteps run from 0 to {last}"
+            )
         try:
             return guidance(model, self.objective.predictor, self._load_companion)
         except ValueError as error:
@@ -183,7 +190,8 @@ class System:
             mine, other = OmegaConf.select(ours, key), OmegaConf.select(theirs, key)
             if other is not None and mine != other:
                 raise ConfigError(
-                    f"guidance.checkpoint={path}: was trained with another {key}: {other}, not {mine}"
+                    f"guidance.checkpoint={path}: was trained with another {key} ({_difference(mine, other)}): "
+                    f"choose a checkpoint that shares it"
                 )
         check_latents(theirs.model, self.latent_shape)
         network = construct(theirs.model, "model").to(self.device)
@@ -459,4 +467,14 @@ def _with_key(key: str, error: BaseException) -> str:
     message = str(error).splitlines()[0]
     if message.startswith(f"{key}."):
         return message
-    return f"{key}.{message}" if re.match(r"\w+=", message) else f"{key}: {message}"
+    return f"{key}.{message}" if re.match(r"[\w.]+=", message) else f"{key}: {message}"
+
+
+def _difference(ours: Any, theirs: Any) -> str:
+    """`key: theirs, not ours` of every key in which two groups (or values) differ."""
+    before, after = dict(leaves(ours)), dict(leaves(theirs))
+    return "; ".join(
+        f"{key or 'value'}: {after.get(key, 'absent')}, not {before.get(key, 'absent')}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    )

@@ -17,7 +17,7 @@ from diffussm.runtime.errors import OutOfMemoryError, StorageError, UserError
 VERBS = {
     "train": "train a model; the same command continues an interrupted run",
     "sample": "draw images from a checkpoint",
-    "evaluate": "measure a checkpoint: FID, sFID, IS, precision, recall",
+    "evaluate": "measure a checkpoint: FID, sFID, IS, precision, recall, bits per dimension",
     "import": "make a run directory from public DiT weights",
     "export": "write a checkpoint's weights for other programs",
     "complexity": "print parameters, multiply-accumulates, SSM work and activations of models",
@@ -33,7 +33,8 @@ DESCRIPTIONS = {
           experiment=NAME               a complete recipe; what follows changes it
           name=NAME                     the run; its directory is runs/NAME (run_dir=DIR for another)
           model= data= optimizer=       choose between the options listed below
-          objective=flow                rectified flow instead of diffusion
+          objective=flow sampler=flow_heun
+                                        rectified flow instead of diffusion
           objective.prediction=v        eps, x_0 or v; diffusion.zero_terminal_snr=true needs one of the last two
           model.hidden_size=128         any parameter of what was chosen
           trainer.batch_size=256        images per step (global)
@@ -53,8 +54,9 @@ DESCRIPTIONS = {
           num_images=100 classes=[3,7]  how many, of which classes
           sampler=ddim                  default: the sampler of the run's configuration, as are the next two lines
           sampler.num_steps=50 sampling.seed=0 sampling.weights=ema
-          guidance.scale=1.5            classifier-free; guidance.channels=3 guidance.interval=[100,800]
-          guidance=classifier guidance.checkpoint=PATH guidance.scale=2
+          guidance.scale=1.5            classifier-free; guidance.channels=3
+          guidance.interval=[100,800]   the timesteps at which it is guided
+          guidance=classifier guidance.checkpoint=PATH guidance.scale=5
                                         by a classifier (experiment=digits_classifier trains one)
           guidance=autoguidance guidance.checkpoint=PATH
                                         by a weaker model of the same data
@@ -71,10 +73,13 @@ DESCRIPTIONS = {
           sampler= sampler.num_steps= guidance.scale= sampling.weights=
                                         as for `sample`
           metrics=[fid,is]              of fid, sfid, is, precision, recall, class_agreement (default: all these)
-          metrics=[vlb]                 the exact variational bound on real images, in bits per dimension
-          metrics=[inversion]           how far DDIM, run backwards and forwards, ends from images (rms of x_0)
+          metrics=[vlb]                 the exact variational bound on real images, in bits per dimension, the
+                                        predicted x_0 clipped to the range of pixels
+          metrics=[inversion]           how far DDIM, run backwards and forwards without clipping, ends from
+                                        images (rms of x_0)
           data.split=held_out likelihood_images=100
-                                        on which images, and how many; default: all of the run's data
+                                        on which images, and how many (drawn by sampling.seed); default: all
+                                        of the run's data
           out=FILE                      default: results.json of the run
           trust_checkpoint=true         build what a checkpoint names from outside diffussm""",
     "import": """\
@@ -114,7 +119,7 @@ DESCRIPTIONS = {
         Plot noise schedules, alphabar and SNR against t/T, and print where they pass as a table.
 
           diffusion=NAME                one schedule; default: every preset
-          diffusion.num_timesteps=4000  any parameter of it
+          diffusion.num_timesteps=4000  any parameter of the one that is chosen
           diffusion.zero_terminal_snr=true
                                         end in pure noise
           out=FILE                      .png, .svg or .pdf; default: schedules.png, replaced if it is there""",

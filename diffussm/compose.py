@@ -129,6 +129,9 @@ def _one_line(error: Exception, verb: str, overrides: Sequence[str]) -> str:
                 )
             hint = schema.nearest(name, known)
             return f"{key}: no such key{hint}" + ("" if hint else f": {parent or verb} has {', '.join(known)}")
+        if "is not a ListConfig" in str(cause):
+            given = override_value(overrides, key)
+            return f"{key}={given}: must be a list: write {key}=[{given}]"
         return f"{key}: {_first_line(cause)}"
     return _first_line(error)
 

@@ -85,6 +85,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
             one the prediction alone.
         vae: none, for the network works on pixels.
         image_size: [height, width] of its images.
+        flow: whether the network was trained by rectified flow, so that it needs a scheduler of that.
     """
 
     model_cpu_offload_seq = "transformer"
@@ -96,6 +97,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         vae: Vae = None,
         image_size: ImageSize = None,
+        flow: bool = False,
     ) -> None:
         super().__init__()
         if vae is not None:
@@ -103,7 +105,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
         if image_size is None or len(image_size) != 2:
             raise ValueError(f"image_size={image_size}: must be [height, width]")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=None)
-        self.register_to_config(image_size=list(image_size))
+        self.register_to_config(image_size=list(image_size), flow=flow)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -159,6 +161,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
             raise ValueError(f"latents: {tuple(latents.shape)} must be {shape}")
         denoise = self._denoiser(guidance_scale)
 
+        self._check_scheduler(num_inference_steps)
         _set_timesteps(scheduler, num_inference_steps, device)
         # The state of the process is fp32 whatever the network's precision: it sums many small steps.
         x = (
@@ -182,6 +185,16 @@ class DiffuSSMPipeline(DiffusionPipeline):
         images = _decode(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _check_scheduler(self, num_steps: int) -> None:
+        """Refuse a scheduler of the other process, and a single step that would not begin with noise."""
+        name = type(self.scheduler).__name__
+        flows = name.startswith("FlowMatch") or bool(self.scheduler.config.get("use_flow_sigmas"))
+        if flows != self.config.flow:
+            kind, other = ("rectified flow", "diffusion") if self.config.flow else ("diffusion", "rectified flow")
+            raise ValueError(f"scheduler: the network was trained by {kind}, and {name} is of {other}")
+        if num_steps == 1 and self.scheduler.config.get("timestep_spacing") == "linspace":
+            raise ValueError("num_inference_steps=1: would begin at timestep 0, without noise: take at least 2")
+
     def _labels(
         self, class_labels: int | Sequence[int] | Tensor | None, num_images: int | None
     ) -> tuple[Int[Tensor, "B"] | None, int]:
@@ -198,6 +211,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels=None: give a class per image, each in 0..{num_classes - 1}")
         if num_images is not None:
             raise ValueError(f"num_images={num_images}: follows from class_labels: leave it out")
+        if isinstance(class_labels, str):
+            raise ValueError(f"class_labels={class_labels!r}: give numbers, each in 0..{num_classes - 1}")
         labels = torch.as_tensor(class_labels).reshape(-1)
         if len(labels) == 0 or labels.is_floating_point() or not ((labels >= 0) & (labels < num_classes)).all():
             raise ValueError(f"class_labels={class_labels}: each must lie in 0..{num_classes - 1}")
@@ -209,6 +224,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
         def denoise(x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
             return self.transformer(x_t.to(self.transformer.dtype), t, y).to(x_t.dtype)
 
+        if guidance_scale < 0:
+            raise ValueError(f"guidance_scale={guidance_scale}: must be at least 0")
         if guidance_scale == 1.0:
             return denoise
         null_label = self.transformer.null_label
@@ -226,7 +243,8 @@ def ddpm_scheduler(
 ) -> DDPMScheduler:
     """diffusers' scheduler of this process; with N steps it visits the timesteps that we do (linspace).
 
-    Its configuration lists every beta, so that any schedule can be written down.
+    Where a timestep would lie halfway between two, it may visit the other one. Its configuration lists every beta,
+    so that any schedule can be written down.
 
     Args:
         prediction: what the network predicts, of PREDICTION_TYPES.

@@ -397,6 +397,14 @@ def test_images_are_spread_over_the_classes_as_evenly_as_can_be():
     assert classes == list(range(10)) and counts.sum() == 11 and counts.max() - counts.min() == 1
 
 
+@pytest.mark.parametrize("chosen", [None, [7, 3, 3]])
+def test_the_class_of_an_image_does_not_depend_on_how_many_are_drawn(chosen):
+    few, many = (
+        _choose_labels(OmegaConf.create({"classes": chosen, "num_images": count}), 10)[1] for count in (4, 23)
+    )
+    assert torch.equal(few, many[:4])
+
+
 def test_a_signal_to_the_whole_process_group_ends_in_a_checkpoint(in_tmp):
     """As timeout, SLURM and a terminal send it: the loader's workers get it too."""
     arguments = [

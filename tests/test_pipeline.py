@@ -44,9 +44,9 @@ def network(kind=DiffuSSMModel, **arguments):
     return model
 
 
-def pipeline(model=None, scheduler=None, **options) -> DiffuSSMPipeline:
+def pipeline(model=None, scheduler=None, flow=False, **options) -> DiffuSSMPipeline:
     scheduler = scheduler or ddpm_scheduler(linear_schedule(), clip_x_0=True, **options)
-    made = DiffuSSMPipeline(network() if model is None else model, scheduler, image_size=[8, 8])
+    made = DiffuSSMPipeline(network() if model is None else model, scheduler, image_size=[8, 8], flow=flow)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -178,7 +178,7 @@ def test_fixed_variances_and_unclipped_samples_are_ours_too(ours, theirs, learn_
 def test_rectified_flow_is_integrated_in_equal_steps(scale):
     model, x = network(learn_sigma=False), stream(3)()
     velocity = model if scale == 1.0 else classifier_free_guidance(model, scale, model.null_label)
-    pipe = pipeline(model, flow_scheduler())
+    pipe = pipeline(model, flow_scheduler(), flow=True)
     images = pipe(LABELS, scale, 5, latents=x, output_type="latent").images
     for t in (1.0, 0.8, 0.6, 0.4, 0.2):
         x = x - velocity(x, torch.full((3,), 1000 * t), torch.tensor(LABELS)) / 5
@@ -281,6 +281,9 @@ def test_an_unconditional_network_takes_a_number_of_images():
         ({"class_labels": 1, "num_images": 2}, "num_images=2: follows from class_labels"),
         ({"class_labels": 1, "output_type": "jpeg"}, "output_type=jpeg: choose pil, np, pt, latent"),
         ({"class_labels": 1, "num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"class_labels": 1, "num_inference_steps": 1}, "num_inference_steps=1: would begin at timestep 0"),
+        ({"class_labels": 1, "guidance_scale": -1.0}, "guidance_scale=-1.0: must be at least 0"),
+        ({"class_labels": "3"}, "class_labels='3': give numbers"),
         ({"class_labels": LABELS, "generator": generators(2)}, "2 generators for 3 images"),
         (
             {"class_labels": 1, "latents": torch.zeros(1, 1, 4, 4)},
@@ -322,6 +325,9 @@ def test_code_in_the_folder_is_not_run(folder, tmp_path):
 def test_what_diffusers_cannot_do_with_our_networks_is_said(folder):
     with pytest.raises(ValueError, match="low_cpu_mem_usage=True"):
         DiffuSSMPipeline.from_pretrained(folder, low_cpu_mem_usage=True)
+    for wrong in (pipeline(scheduler=flow_scheduler()), pipeline(flow=True)):
+        with pytest.raises(ValueError, match="scheduler: the network was trained by"):
+            wrong([1])
     with pytest.raises(ValueError, match="image_size=None"):
         DiffuSSMPipeline(network(), ddpm_scheduler(linear_schedule()))
     with pytest.raises(ValueError, match="vae: "):
@@ -355,6 +361,18 @@ def test_the_code_on_the_card_runs(folder, monkeypatch):
     names: dict = {}
     exec(code[1], names)
     assert len(names["images"]) == 4
+
+
+def test_the_card_prefers_what_the_runs_own_sampler_drew_and_tells_the_bound(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = f"checkpoint={tmp_path / 'run'}"
+    assert main(["evaluate", checkpoint, "sampler.num_steps=3"]) == 0
+    assert main(["evaluate", checkpoint, "metrics=[vlb]", "likelihood_images=2"]) == 0
+    bound = json.loads((tmp_path / "run" / "results.json").read_text())["image_metrics"]["vlb"]
+    assert main(["export", checkpoint, f"to={tmp_path / 'out'}"]) == 0
+    results = (tmp_path / "out" / "README.md").read_text().partition("## Results")[2]
+    assert "ddim (num_steps=2" in results and "num_steps=3" not in results
+    assert f"Variational bound: {bound:.4g} bits per dimension on 2 images (source=digits" in results
 
 
 def test_results_of_another_checkpoint_are_not_claimed(run, tmp_path):

@@ -16,11 +16,12 @@ from diffussm.commands.from_checkpoint import (
     make_request,
     open_checkpoint,
     read_answer,
+    read_history,
     run_path,
 )
 from diffussm.config import SAMPLE_METRICS
 from diffussm.evaluation.evaluator import table
-from diffussm.evaluation.likelihood import measure_images
+from diffussm.evaluation.likelihood import chosen_images, measure_images
 from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import ConfigError
 from diffussm.runtime.run_dir import write_json
@@ -36,6 +37,9 @@ def run(options: argparse.Namespace) -> int:
     checkpoint, trained, config = open_checkpoint(options)
     if options.print_config:
         return print_config(config)
+    out = Path(config.out or run_path(checkpoint) / "results.json")
+    if out.suffix != ".json":
+        raise ConfigError(f"out={out}: must end in .json")
     wanted = config.metrics or SAMPLE_METRICS
     of_samples = [name for name in wanted if name in SAMPLE_METRICS]
     of_images = [name for name in wanted if name not in SAMPLE_METRICS]
@@ -44,28 +48,29 @@ def run(options: argparse.Namespace) -> int:
         evaluation = build_evaluation(config, checkpoint.document("train_state")["data"]["image_shape"])
         if evaluation is None:
             raise ConfigError("evaluation=none: nothing to compare samples with: choose an evaluation")
+        if of_samples == ["class_agreement"] and not evaluation.class_agreement:
+            raise ConfigError("metrics=[class_agreement]: evaluation.class_agreement=false leaves it out")
     system = build_system(checkpoint, trained, config.device)
-    request = make_request(checkpoint, config, ("metrics", *(["evaluation"] if of_samples else [])))
+    decisive = [*(["evaluation"] if of_samples else []), *([] if wanted == ["vlb"] else ["sampler", "guidance"])]
+    request = make_request(checkpoint, config, ("metrics", *decisive))
     if evaluation is not None:
         request |= evaluation.record()
+        generator = system.generator(system.model, config)
     measures, source = {}, None
     if of_images:
         measures = system.image_measures(system.model, config, of_images)
         if missing := OmegaConf.missing_keys(config.data):
-            raise ConfigError(f"data.{missing.pop()}: not set: the run does not tell where images are: add it")
+            raise ConfigError(f"{missing.pop()}: not set: the run does not tell where images are: add it")
         source = build_source(config.data, trained.model)
         if tuple(source.image_shape) != system.image_shape:
             raise ConfigError(f"data: gives images of {source.image_shape}, the model knows {system.image_shape}")
         num_images = min(config.likelihood_images or len(source), len(source))
         request["data"] = {**source.fingerprint, "measured": num_images}
-    out = Path(config.out or run_path(checkpoint) / "results.json")
     history = out.with_suffix(".jsonl")
     results = _find(out, history, request)
     if results is None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         results = {"weights": load_weights(checkpoint, system.model, config.sampling.weights), "request": request}
         if evaluation is not None:
-            generator = system.generator(system.model, config)
             progress = Progress(evaluation.num_samples, 0, "img")
             results["metrics"] = evaluation.run(generator, progress.advance, of_samples)
             results["real_against_real"] = evaluation.real_against_real(system.device, of_samples)
@@ -76,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
                 source,
                 measures,
                 system.autoencoder.to_latents,
-                num_images=num_images,
+                indices=chosen_images(len(source), num_images, config.sampling.seed),
                 with_labels=trained.model.num_classes is not None,
                 seed=config.sampling.seed,
                 batch_size=config.sampling.batch_size,
@@ -84,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
                 advance=progress.advance,
             )
             progress.close()
+        out.parent.mkdir(parents=True, exist_ok=True)
         with history.open("a") as file:
             file.write(json.dumps(results) + "\n")
         write_json(out, results)
@@ -93,8 +99,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _rows(results: Mapping[str, Any], config: DictConfig) -> dict[str, Mapping[str, Any]]:
+    drawn = f"{results['weights']}, {_describe(config)}" if "metrics" in results else ""
     rows = {
-        f"{results['weights']}, {_describe(config)}": results.get("metrics"),
+        drawn: results.get("metrics"),
         "real against real": results.get("real_against_real"),
         f"{results['weights']}, on images": results.get("image_metrics"),
     }
@@ -103,9 +110,7 @@ def _rows(results: Mapping[str, Any], config: DictConfig) -> dict[str, Mapping[s
 
 def _find(out: Path, history: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result of this very request, from results.json or from all that was measured before."""
-    latest = read_answer(out)
-    earlier = history.read_text().splitlines() if history.exists() else []
-    for answer in [latest, *map(json.loads, earlier)]:
+    for answer in [read_answer(out), *read_history(history)]:
         if answer is not None and digest(answer["request"]) == digest(request):
             return answer
     return None

@@ -21,10 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffussm.build import choose_weights, construct, load_weights
 from diffussm.commands import print_config
-from diffussm.commands.from_checkpoint import open_checkpoint, read_answer, run_path
+from diffussm.commands.from_checkpoint import open_checkpoint, read_answer, read_history, run_path
 from diffussm.models import DiT
 from diffussm.models.layouts import State, diffusers_config, infer_dit_arguments, to_diffusers
-from diffussm.report.model_card import CardFacts, model_card
+from diffussm.report.model_card import DDPM, CardFacts, model_card
 from diffussm.runtime.errors import ConfigError, RunDirectoryError, StorageError
 from diffussm.runtime.run_dir import sync_directory, write_and_sync, write_atomically, write_json
 from diffussm.training.checkpoint import Checkpoint
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from diffussm.diffusion.flow import StraightPath
 
 SUFFIXES = {"pipeline": "-pipeline", "official": ".safetensors", "diffusers": "-diffusers"}
+FIXED_VARIANCES = {"beta": "fixed_large", "beta_tilde": "fixed_small"}
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -87,7 +88,9 @@ def _export_pipeline(checkpoint: Checkpoint, weights: str, trained: DictConfig, 
     model = COMPONENTS[network](**arguments)
     load_weights(checkpoint, model, weights)
     scheduler = _make_scheduler(trained, state["data"]["image_shape"])
-    pipeline = DiffuSSMPipeline(model, scheduler, image_size=[height, width])
+    pipeline = DiffuSSMPipeline(
+        model, scheduler, image_size=[height, width], flow=type(scheduler).__name__ != DDPM
+    )
     versions = {name: version(name) for name in ("diffussm", "torch", "diffusers")}
     metadata = {
         "format": "pt",
@@ -106,7 +109,7 @@ def _export_pipeline(checkpoint: Checkpoint, weights: str, trained: DictConfig, 
         checkpoint_sha256=checkpoint.sha256,
         scheduler=type(scheduler).__name__,
         versions=versions,
-        results=_find_results(checkpoint, weights),
+        **_find_results(checkpoint, weights, trained),
     )
     with _new_directory(to) as directory:
         for path, content in (
@@ -130,21 +133,37 @@ def _make_scheduler(trained: DictConfig, image_shape: Sequence[int]) -> "Schedul
     prediction = trained.objective.prediction
     if prediction not in PREDICTION_TYPES:
         raise ConfigError(f"layout=pipeline: diffusers knows no objective.prediction={prediction}")
-    fixed = "fixed_large" if trained.sampler.get("variance") == "beta" else "fixed_small"
+    sampler = trained.sampler or {}
+    fixed = sampler.get("variance", trained.objective.fixed_variance)
     return ddpm_scheduler(
         construct(trained.diffusion, "diffusion"),
         prediction=prediction,
-        variance_type="learned_range" if trained.model.learn_sigma else fixed,
-        clip_x_0=trained.sampler.get("clip_x_0", False),
+        variance_type="learned_range" if trained.model.learn_sigma else FIXED_VARIANCES.get(fixed, "fixed_small"),
+        clip_x_0=sampler.get("clip_x_0", False),
     )
 
 
-def _find_results(checkpoint: Checkpoint, weights: str) -> dict[str, Any] | None:
-    """results.json of the run, if it is about these weights."""
-    results = read_answer(run_path(checkpoint) / "results.json")
-    if results is None or results["request"]["checkpoint"]["sha256"] != checkpoint.sha256:
-        return None
-    return results if results["weights"] == weights and "metrics" in results else None
+def _find_results(checkpoint: Checkpoint, weights: str, trained: DictConfig) -> dict[str, Any]:
+    """What the run has measured of these weights: of samples, by its own sampler if it did, and of images."""
+    path = run_path(checkpoint) / "results.json"
+    latest = read_answer(path)
+    answers = [*read_history(path.with_suffix(".jsonl")), *([] if latest is None else [latest])]
+    ours = [
+        answer
+        for answer in reversed(answers)
+        if answer["request"]["checkpoint"]["sha256"] == checkpoint.sha256 and answer["weights"] == weights
+    ]
+    of_samples = [answer for answer in ours if "metrics" in answer]
+    by_own_sampler = [
+        answer
+        for answer in of_samples
+        if all(answer["request"][key] == trained[key] for key in ("sampler", "guidance"))
+    ]
+    of_images = [answer for answer in ours if "vlb" in answer.get("image_metrics", {})]
+    return {
+        "results": next(iter(by_own_sampler + of_samples), None),
+        "image_results": next(iter(of_images), None),
+    }
 
 
 @contextlib.contextmanager

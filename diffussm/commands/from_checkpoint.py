@@ -43,12 +43,12 @@ def build_system(checkpoint: Checkpoint, trained: DictConfig, device: str) -> Sy
 
 
 def make_request(checkpoint: Checkpoint, config: DictConfig, keys: Sequence[str]) -> dict[str, Any]:
-    """The checkpoint, sampler, sampling settings and `keys` of a configuration, as JSON."""
-    chosen = {key: config[key] for key in ("sampler", "guidance", "sampling", *keys)}
+    """The checkpoint, sampling settings and `keys` of a configuration, as JSON."""
+    chosen = {key: config[key] for key in ("sampling", *keys)}
     settings = OmegaConf.to_container(OmegaConf.create(chosen), resolve=True)
     assert isinstance(settings, dict)
     companion = config.guidance.get("checkpoint")
-    if companion is not None:
+    if companion is not None and "guidance" in chosen:
         found = find_checkpoint(Path(companion), note, "guidance.checkpoint")
         settings["guidance"]["checkpoint"] = {"path": str(found.path), "sha256": found.sha256}
     return {
@@ -59,9 +59,10 @@ def make_request(checkpoint: Checkpoint, config: DictConfig, keys: Sequence[str]
 
 def digest(request: Mapping[str, Any]) -> str:
     """Equal for requests that have one result: where the checkpoints lie does not count."""
-    essence = {**request, "checkpoint": request["checkpoint"]["sha256"], "guidance": dict(request["guidance"])}
-    if "checkpoint" in essence["guidance"]:
-        essence["guidance"]["checkpoint"] = essence["guidance"]["checkpoint"]["sha256"]
+    essence = {**request, "checkpoint": request["checkpoint"]["sha256"]}
+    guidance = request.get("guidance", {})
+    if "checkpoint" in guidance:
+        essence["guidance"] = {**guidance, "checkpoint": guidance["checkpoint"]["sha256"]}
     return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -75,6 +76,20 @@ def read_answer(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         raise RunDirectoryError(f"{path}: exists and is not ours: move it away") from None
     return answer
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """All answers stored as lines of `path`; a line that was cut off is left out, with a note."""
+    answers = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            answer = json.loads(line)
+            digest(answer["request"])
+        except (ValueError, KeyError, TypeError):
+            note(f"{path}:{number}: damaged: left out")
+        else:
+            answers.append(answer)
+    return answers
 
 
 def run_path(checkpoint: Checkpoint) -> Path:

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     if options.print_config:
         return print_config(config)
     _check_drawable(checkpoint)
-    request = make_request(checkpoint, config, ("num_images", "classes"))
+    request = make_request(checkpoint, config, ("sampler", "guidance", "num_images", "classes"))
     default = run_path(checkpoint) / "samples" / f"{checkpoint.path.name}-{digest(request)}"
     out = Path(config.out or default)
     if _is_complete(out, request):
@@ -88,17 +88,16 @@ def _is_complete(out: Path, request: Mapping[str, Any]) -> bool:
 
 
 def _choose_labels(config: DictConfig, num_classes: int | None) -> tuple[list[int], Tensor | None]:
-    """(classes, labels of all images): class after class, with numbers of images that differ by one at most."""
+    """(classes, labels of all images): image i shows class i mod n of the n chosen ones."""
     if num_classes is None:
         if config.classes is not None:
             raise ConfigError(f"classes={config.classes}: the model is unconditional: leave it out")
         return [], None
     chosen = range(min(num_classes, MAX_GRID_ROWS)) if config.classes is None else config.classes
-    classes = list(chosen)
+    classes = list(dict.fromkeys(chosen))
     if not classes or not all(0 <= label < num_classes for label in classes):
         raise ConfigError(f"classes={classes}: each must lie in 0..{num_classes - 1}")
-    count = config.num_images
-    return classes, torch.tensor([classes[index * len(classes) // count] for index in range(count)])
+    return classes, torch.tensor([classes[index % len(classes)] for index in range(config.num_images)])
 
 
 def _save_grid(images: Tensor, classes: list[int], labels: Tensor | None, path: Path) -> None:
@@ -107,6 +106,7 @@ def _save_grid(images: Tensor, classes: list[int], labels: Tensor | None, path: 
         columns = min(math.ceil(len(images) ** 0.5), MAX_GRID_COLUMNS)
         rows = list(images[: MAX_GRID_COLUMNS * columns].split(columns))
     else:
+        classes = classes[: len(images)]
         rows = [images[labels == label][:MAX_GRID_COLUMNS] for label in classes]
         columns = max(len(row) for row in rows)
     blank = torch.full_like(images[:1], 255)

@@ -44,7 +44,7 @@ class ClassifierFree:
     """eps = eps_u + scale (eps_c - eps_u), the variance that of eps_c; both as one batch.
 
     Args:
-        scale: 0 is the unconditional model, 1 the conditional one (DiT's convention).
+        scale: 0 is the unconditional model, its variance included, 1 the conditional one (DiT's convention).
         channels: how many of the latent channels are guided; None: all. DiT's published table has 3 of 4.
         interval: timesteps (low, high) between which it is guided, elsewhere conditional (Kynkäänniemi et al.
             2024); None: everywhere.
@@ -161,7 +161,13 @@ def classifier_free_guidance(
     channels: int | None = None,
     interval: Sequence[int | float] | None = None,
 ) -> Network:
-    """A network that says what `ClassifierFree` describes."""
+    """A network that says what `ClassifierFree` describes; at scale 0 everywhere, the unconditional one itself."""
+
+    def unconditional(x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        return network(x_t, t, torch.full(x_t.shape[:1], null_label, device=x_t.device))
+
+    if scale == 0 and channels is None and interval is None:
+        return unconditional
 
     def guided(x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         if y is None:

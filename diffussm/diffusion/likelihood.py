@@ -21,6 +21,7 @@ def variational_bound(
     y: Int[Tensor, "B"] | None,
     noise: Noise,
     fixed_variance: FixedVariance = "beta_tilde",
+    clip_x_0: bool = False,
 ) -> dict[str, Float[Tensor, "B"]]:
     """L_vlb = L_T + sum_{t=1}^{T-1} L_t + L_0 (DDPM eq. 5) of each sample, in bits per dimension.
 
@@ -28,6 +29,7 @@ def variational_bound(
 
     Args:
         fixed_variance: of p(x_{t-1} | x_t), where the network learns none.
+        clip_x_0: clamp the predicted x_0 to [-1, 1], as iDDPM's and ADM's published figures do.
 
     Returns `vlb`, and of its parts `vlb_prior` (L_T) and `vlb_decoder` (L_0).
     """
@@ -38,6 +40,8 @@ def variational_bound(
         t = torch.full((len(x_0),), step, device=x_0.device)
         x_t = q_sample(schedule, x_0, t, noise())
         prediction = predict(x_t, schedule.timesteps[t], y)
+        if clip_x_0:
+            prediction = prediction._replace(x_0=prediction.x_0.clamp(-1, 1))
         variance = fixed_variance if prediction.variance_output is None else "learned"
         term = variational_bound_term(schedule, x_0, x_t, t, p_posterior(schedule, prediction, x_t, t, variance))
         total += term

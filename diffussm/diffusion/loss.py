@@ -69,6 +69,10 @@ class DDPMObjective(Objective):
         require_schedule(schedule)
         if not 0 <= vb_weight < math.inf:
             raise ValueError(f"vb_weight={vb_weight}: must be finite and at least 0")
+        if loss != "hybrid" and vb_weight != 1:
+            raise ValueError(
+                f"vb_weight={vb_weight}: weighs a part of loss=hybrid, not of loss={loss}: set it to 1"
+            )
         if min_snr_gamma is not None and not 0 < min_snr_gamma < math.inf:
             raise ValueError(f"min_snr_gamma={min_snr_gamma}: must be positive and finite, or null")
         if min_snr_gamma is not None and loss == "vlb":
@@ -92,9 +96,13 @@ class DDPMObjective(Objective):
         return len(self.schedule)
 
     def check_network(self, learn_sigma: bool) -> None:
-        """ValueError where a learned variance would remain untrained."""
+        """ValueError where a learned variance would remain untrained, or a fixed one unused."""
         if learn_sigma and self.loss == "simple":
             raise ValueError("loss=simple: leaves a learned variance untrained: set model.learn_sigma=false")
+        if learn_sigma and self.fixed_variance != "beta_tilde":
+            raise ValueError(
+                f"fixed_variance={self.fixed_variance}: the network learns another: set model.learn_sigma=false"
+            )
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draws:
         """Timesteps, noise and label-drop draws for a global batch of x_0 of this shape."""
@@ -113,7 +121,10 @@ class DDPMObjective(Objective):
         y: Int[Tensor, "B"] | None,
         draws: Draws,
     ) -> dict[str, Float[Tensor, "B"]]:
-        """Per-sample terms: `loss`, and its parts `mse` (of the prediction) and `vb` (L_t)."""
+        """Per-sample terms: `loss`, and its parts `mse` (of the prediction) and `vb` (L_t).
+
+        All carry the weight of their draw, so that their means are unbiased however timesteps are drawn.
+        """
         schedule, t, noise = self.schedule, draws.t, draws.noise
         x_t = q_sample(schedule, x_0, t, noise)
         output = model(x_t, t, y, drop_uniform=draws.drop_uniform)
@@ -131,7 +142,7 @@ class DDPMObjective(Objective):
             loss = mse * self._snr_weight(t).to(mse.dtype)
             if "vb" in terms:
                 loss = loss + self.vb_weight * terms["vb"]
-        return {"loss": draws.weight * loss, **terms}
+        return {name: draws.weight * term for name, term in {"loss": loss, **terms}.items()}
 
     def predictor(self, network: Network) -> Predictor:
         """How samplers see a network that this objective trained."""
@@ -190,11 +201,12 @@ def normal_kl(p: Gaussian, q: Gaussian) -> Tensor:
 
 def discretized_gaussian_log_likelihood(x: Tensor, p: Gaussian) -> Tensor:
     """log of the mass that p gives to the bin of x, in nats; bins 2/255 wide, the outer two open (DDPM eq. 13)."""
-    inverse_std = (-p.log_variance / 2).exp()
-    centered, half = x - p.mean, 1 / 255
+    # In float64, for the gradient of log_ndtr in float32 is wrong in the far tail (by a third at -3,000).
+    inverse_std = (-p.log_variance.double() / 2).exp()
+    centered, half = x.double() - p.mean, 1 / 255
     # The mass of the mirrored bin is the same, and only below the mean are the logarithms of small masses exact.
     mirrored = -centered.abs()
     above, below = (log_ndtr(inverse_std * (mirrored + side)) for side in (half, -half))
     log_mass = above + (-torch.expm1(below - above)).clamp_min(1e-12).log()
     log_mass = torch.where(x > 0.999, log_ndtr(inverse_std * (half - centered)), log_mass)
-    return torch.where(x < -0.999, log_ndtr(inverse_std * (half + centered)), log_mass)
+    return torch.where(x < -0.999, log_ndtr(inverse_std * (half + centered)), log_mass).to(p.mean.dtype)

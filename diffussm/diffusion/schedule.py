@@ -165,7 +165,8 @@ def _scaled_range(num_timesteps: int, beta_start: float, beta_end: float) -> tup
     scale = 1000 / num_timesteps
     if not 0 < scale * beta_start <= scale * beta_end < 1:
         raise ValueError(
-            f"beta_start={beta_start}, beta_end={beta_end}: must rise within (0, 1) (scaled by 1000/T={scale:g})"
+            f"beta_start={beta_start}, beta_end={beta_end}: must rise within (0, 1) when scaled by "
+            f"1000/num_timesteps={scale:g}: lower beta_end, take more timesteps, or choose the cosine schedule"
         )
     return scale * beta_start, scale * beta_end
 
@@ -194,8 +195,7 @@ def spaced_timesteps(num_timesteps: int, num_steps: int | Sequence[int], spacing
     if num_steps == 1:
         return torch.tensor([num_timesteps - 1])  # a single step has to start from pure noise
     if spacing == "linspace":
-        stride = (num_timesteps - 1) / (num_steps - 1)
-        return torch.tensor([round(i * stride) for i in range(num_steps)])
+        return _sectioned_timesteps(num_timesteps, [num_steps], spacing)
     if spacing == "trailing":
         down = [round(num_timesteps - i * num_timesteps / num_steps) - 1 for i in range(num_steps)]
         return torch.tensor(down[::-1])

@@ -90,7 +90,7 @@ def _check(scheduler: str, schedule: Schedule, num_steps: int, options: Mapping[
         raise ValueError(f"scheduler={scheduler}: not known to be sound for eps: choose {', '.join(SOUND)}")
     if schedule.has_zero_terminal_snr:
         raise ValueError(
-            "zero_terminal_snr=true: there eps, all that these solvers take, says nothing: choose ddpm or ddim"
+            "at zero_terminal_snr=true eps, all that these solvers take, says nothing: choose ddpm or ddim"
         )
     if not 1 <= num_steps <= len(schedule):
         raise ValueError(f"num_steps={num_steps}: must lie in 1..{len(schedule)}")

@@ -31,7 +31,8 @@ class CardFacts:
         checkpoint_sha256: hash of the whole checkpoint.
         scheduler: class name of the exported scheduler.
         versions: of diffussm, torch and diffusers at the export.
-        results: what `diffussm evaluate` measured with this checkpoint and these weights, if it did.
+        results: what `diffussm evaluate` measured of samples of these weights, if it did.
+        image_results: the same of the bound on real images.
     """
 
     folder: str
@@ -43,6 +44,7 @@ class CardFacts:
     scheduler: str
     versions: Mapping[str, str]
     results: Mapping[str, Any] | None
+    image_results: Mapping[str, Any] | None
 
 
 def model_card(facts: CardFacts) -> str:
@@ -138,7 +140,7 @@ def _weights(name: str) -> str:
 
 def _sampling(facts: CardFacts) -> str:
     config = facts.config
-    num_classes, sampler = config["model"]["num_classes"], config["sampler"]
+    num_classes, sampler = config["model"]["num_classes"], config["sampler"] or {}
     steps = sampler["num_steps"] if isinstance(sampler.get("num_steps"), int) else 50
     if num_classes is None:
         what = "num_images=4"
@@ -156,8 +158,13 @@ def _sampling(facts: CardFacts) -> str:
     text = [
         "With diffussm installed:",
         "\n".join(["```python", *code, "```"]),
-        f"The pipeline samples with diffusers' {facts.scheduler}. The run itself was configured to sample with "
-        f"{_describe(sampler)} and {_describe(config['guidance'])}.",
+        f"The pipeline samples with diffusers' {facts.scheduler}."
+        + (
+            f" The run itself was configured to sample with {_describe(sampler)} and "
+            f"{_describe(config['guidance'])}."
+            if sampler
+            else ""
+        ),
     ]
     if facts.scheduler == DDPM:
         text.append(
@@ -168,9 +175,26 @@ def _sampling(facts: CardFacts) -> str:
 
 
 def _results(facts: CardFacts) -> str:
+    parts = [part for part in (_sample_results(facts), _image_results(facts)) if part]
+    return "\n\n".join(parts) or "Nothing was measured with these weights before they were exported."
+
+
+def _image_results(facts: CardFacts) -> str | None:
+    results = facts.image_results
+    if results is None:
+        return None
+    metrics, request = results["image_metrics"], results["request"]
+    return (
+        f"Variational bound: {_number(metrics['vlb'])} bits per dimension on {metrics['num_samples']:,} images "
+        f"({_listed(request['data'])}), measured by `diffussm evaluate metrics=[vlb]`, seed "
+        f"{request['sampling']['seed']}, {request['sampling']['precision']}."
+    )
+
+
+def _sample_results(facts: CardFacts) -> str | None:
     results = facts.results
     if results is None:
-        return "Nothing was measured with these weights before they were exported."
+        return None
     shown = {"these weights": results["metrics"]}
     if results["real_against_real"]:
         shown["real against real"] = results["real_against_real"]
@@ -193,7 +217,7 @@ def _limits(facts: CardFacts) -> str:
     _, height, width = facts.train_state["data"]["image_shape"]
     limits = [f"Its images have {height}x{width} pixels and show what its training data show."]
     if facts.results is None:
-        limits.append("How good its images are is not known from a measurement.")
+        limits.append("How good its images are was not measured.")
     else:
         limits.append(f"The figures above hold for that sampler and guidance, not for {facts.scheduler}.")
         extractor = facts.results["request"]["extractor"]["name"]

@@ -53,6 +53,8 @@ class Draws(Protocol):
 
     @property
     def t(self) -> Tensor: ...
+    @property
+    def weight(self) -> Tensor: ...
     def __getitem__(self, samples: slice) -> "Draws": ...
     def to(self, device: torch.device) -> "Draws": ...
 
@@ -202,7 +204,7 @@ class Trainer:
                 terms = self.objective(self.model, x_0, y, mine)
             loss = terms["loss"].sum() / self.batch_size
             self.precision.scaler.scale(loss).backward()
-            self.window.add_losses(terms, mine.t)
+            self.window.add_losses(terms, mine.t, mine.weight)
             losses.append(terms["loss"].detach())
         self.objective.observe(draws, torch.cat(losses))
 

@@ -25,7 +25,7 @@ class MetricsWindow:
         """Start anew."""
         self.sums: dict[str, Tensor] = {}
         self.quartile_sums = torch.zeros(self.NUM_QUARTILES, device=self.device)
-        self.quartile_counts = torch.zeros(self.NUM_QUARTILES, device=self.device)
+        self.quartile_weights = torch.zeros(self.NUM_QUARTILES, device=self.device)
         self.grad_norm_sum = torch.zeros((), device=self.device)
         self.num_images = self.num_updates = 0
         self.seconds = 0.0
@@ -36,7 +36,7 @@ class MetricsWindow:
         return {
             "sums": {name: _finite(total) for name, total in self.sums.items()},
             "quartile_sums": [_finite(total) for total in self.quartile_sums],
-            "quartile_counts": self.quartile_counts.tolist(),
+            "quartile_weights": self.quartile_weights.tolist(),
             "grad_norm_sum": _finite(self.grad_norm_sum),
             "num_images": self.num_images,
             "num_updates": self.num_updates,
@@ -51,7 +51,7 @@ class MetricsWindow:
 
         self.sums = {name: tensor(value) for name, value in state["sums"].items()}
         self.quartile_sums = torch.stack([tensor(value) for value in state["quartile_sums"]])
-        self.quartile_counts = tensor(state["quartile_counts"])
+        self.quartile_weights = tensor(state["quartile_weights"])
         self.grad_norm_sum = tensor(state["grad_norm_sum"])
         self.num_images, self.num_updates = state["num_images"], state["num_updates"]
         self.seconds = state["seconds"]
@@ -62,13 +62,13 @@ class MetricsWindow:
         self._last = time.perf_counter()
 
     @torch.no_grad()
-    def add_losses(self, terms: Mapping[str, Tensor], t: Tensor) -> None:
-        """Loss terms (B,) at timesteps (B,), 0 .. num_timesteps."""
+    def add_losses(self, terms: Mapping[str, Tensor], t: Tensor, weight: Tensor) -> None:
+        """Loss terms (B,) at timesteps (B,), 0 .. num_timesteps, which carry the weights (B,) of their draws."""
         for name, term in terms.items():
             self.sums[name] = self.sums.get(name, 0) + term.detach().float().sum()
         quartile = (t * self.NUM_QUARTILES // self.num_timesteps).long().clamp(max=self.NUM_QUARTILES - 1)
         self.quartile_sums.index_add_(0, quartile, terms["loss"].detach().float())
-        self.quartile_counts.index_add_(0, quartile, torch.ones_like(terms["loss"], dtype=torch.float32))
+        self.quartile_weights.index_add_(0, quartile, weight.float())
         self.num_images += len(t)
         now = time.perf_counter()
         self.seconds, self._last = self.seconds + now - self._last, now
@@ -87,13 +87,15 @@ class MetricsWindow:
         """Mean terms, loss by timestep quartile (q0: least noise), gradient norm, images per second."""
         record: dict[str, Any] = {name: _mean(total, self.num_images) for name, total in self.sums.items()}
         for quartile in range(self.NUM_QUARTILES):
-            record[f"loss_q{quartile}"] = _mean(self.quartile_sums[quartile], int(self.quartile_counts[quartile]))
+            record[f"loss_q{quartile}"] = _mean(
+                self.quartile_sums[quartile], float(self.quartile_weights[quartile])
+            )
         record["grad_norm"] = _mean(self.grad_norm_sum, self.num_updates)
         record["images_per_second"] = self.num_images / self.seconds if self.seconds else None
         return record
 
 
-def _mean(total: Tensor, count: int) -> float | None:
+def _mean(total: Tensor, count: float) -> float | None:
     """total / count, None where there is nothing to average or the total is not finite."""
     value = _finite(total)
     return None if value is None or not count else value / count

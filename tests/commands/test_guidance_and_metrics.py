@@ -16,6 +16,13 @@ RECIPES = {
     "weaker": ("experiment=digits", "trainer.total_images=32"),
     "unconditional": ("experiment=digits_unconditional",),
     "cosine": ("experiment=digits", "diffusion=cosine"),
+    "zero": (
+        "experiment=digits",
+        "diffusion=cosine",
+        "diffusion.zero_terminal_snr=true",
+        "objective.prediction=v",
+    ),
+    "no sampler": ("experiment=digits", "sampler=none"),
     "flow": ("experiment=digits_flow",),
     "classifier": ("experiment=digits_classifier",),
 }
@@ -27,7 +34,8 @@ def runs(tmp_path_factory) -> Path:
     """A directory of small finished runs, by name."""
     root = tmp_path_factory.mktemp("guidance")
     for name, recipe in RECIPES.items():
-        small = [override for override in SMALL_RUN[1:] if name != "classifier" or override not in OF_SAMPLES]
+        unsampled = name == "classifier"
+        small = [override for override in SMALL_RUN[1:] if not unsampled or override not in OF_SAMPLES]
         assert main(["train", recipe[0], *small, *recipe[1:], f"run_dir={root / name}"]) == 0
     return root
 
@@ -105,7 +113,7 @@ REFUSALS = [
     (
         "conditional",
         ["guidance=autoguidance", "guidance.checkpoint={runs}/cosine"],
-        "was trained with another diffusion",
+        "was trained with another diffusion (_target_: diffussm.diffusion.schedule.cosine_schedule, not",
     ),
     (
         "conditional",
@@ -122,6 +130,9 @@ REFUSALS = [
         ["guidance=classifier", "guidance.checkpoint={runs}/conditional"],
         "is no classifier: train one with objective=classifier",
     ),
+    ("conditional", ["guidance.scale=2", "guidance.interval=[5000,6000]"], "timesteps run from 0 to 1000"),
+    ("flow", ["guidance.scale=2", "guidance.interval=[0.1,0.6]"], "timesteps run from 0 to 1000"),
+    ("conditional", ["classes=3"], "classes=3: must be a list: write classes=[3]"),
     ("unconditional", ["guidance.scale=2"], "guidance.scale=2.0: needs a conditional model"),
     ("classifier", ["sampler=ddim"], "a classifier draws nothing"),
     ("classifier", [], "a classifier draws nothing"),
@@ -146,9 +157,36 @@ def test_guidance_that_cannot_work_is_one_line_and_writes_nothing(runs, run, ove
     ],
 )
 def test_the_other_process_is_refused_in_one_line(runs, diffussm, in_tmp, verb, run, override, says):
-    result = diffussm(verb, f"checkpoint={runs / run}", "out=new", override)  # signatures are not checked there
+    result = diffussm(
+        verb, f"checkpoint={runs / run}", "out=new.json", override
+    )  # signatures are not checked there
     assert result.returncode == 2 and says in result.stderr and result.stderr.count("\n") == 1
     assert list(in_tmp.iterdir()) == []
+
+
+def test_a_history_that_was_cut_off_loses_its_last_line_only(runs, tmp_path, capsys):
+    arguments = [f"checkpoint={runs / 'conditional'}", f"out={tmp_path / 'a.json'}", "metrics=[fid]"]
+    assert main(["evaluate", *arguments]) == 0
+    with (tmp_path / "a.jsonl").open("a") as history:
+        history.write('{"request": {"checkp')
+    before = capsys.readouterr().out
+    (tmp_path / "a.json").unlink()
+    assert main(["evaluate", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == before and "a.jsonl:2: damaged: left out" in captured.err
+
+
+def test_the_bound_needs_no_sampler_and_knows_of_none(runs, tmp_path):
+    results = evaluate(runs, tmp_path, "no sampler", "metrics=[vlb]", "likelihood_images=1")
+    assert results["image_metrics"]["vlb"] > 0 and not {"sampler", "guidance"} & set(results["request"])
+    assert main(["export", f"checkpoint={runs / 'no sampler'}", f"to={tmp_path / 'pipe'}"]) == 0
+    (tmp_path / "of_its_own").mkdir()
+    evaluate(
+        runs, tmp_path / "of_its_own", "conditional", "metrics=[vlb]", "likelihood_images=1", "guidance.scale=3"
+    )
+    before = (tmp_path / "of_its_own" / "results.json").stat().st_mtime_ns
+    evaluate(runs, tmp_path / "of_its_own", "conditional", "metrics=[vlb]", "likelihood_images=1")
+    assert (tmp_path / "of_its_own" / "results.json").stat().st_mtime_ns == before
 
 
 def evaluate(runs: Path, out: Path, run: str, *overrides: str) -> dict:
@@ -192,6 +230,21 @@ def test_the_bound_and_the_inversion_are_measured_on_images_and_recorded(runs, t
         ("conditional", ["metrics=[inversion]", "sampler.eta=0.5"], "metrics=[inversion]: inverts sampler=ddim"),
         ("classifier", ["metrics=[vlb]"], "a classifier draws nothing"),
         ("classifier", [], "nothing to compare samples with"),
+        ("zero", ["metrics=[inversion]"], "metrics=[inversion]: the last step of zero_terminal_snr=true has no"),
+        ("conditional", ["out=new.jsonl"], "out=new.jsonl: must end in .json"),
+        (
+            "conditional",
+            ["out=new/a.json", "sampler.num_steps=2000"],
+            "sampler.num_steps=2000: must lie in 1..1000",
+        ),
+        ("conditional", ["out=new/a.json", "sampling.weights=ema_5"], "sampling.weights=ema_5: "),
+        ("conditional", ["metrics=vlb"], "metrics=vlb: must be a list: write metrics=[vlb]"),
+        (
+            "conditional",
+            ["metrics=[class_agreement]", "evaluation.class_agreement=false"],
+            "evaluation.class_agreement=false leaves it out",
+        ),
+        ("conditional", ["metrics=[vlb]", "data=image_folder"], "diffussm: data.path: not set"),
     ],
 )
 def test_measures_that_cannot_be_taken_are_one_line_and_write_nothing(runs, run, overrides, says, in_tmp, capsys):

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from mixture import Known
 from scipy import integrate, stats
 
 from diffussm.diffusion.likelihood import prior_term, variational_bound
@@ -170,6 +171,51 @@ def test_the_mean_over_noise_is_the_closed_form_of_the_whole_bound(variance):
     standard_error = float(ours.std()) / math.sqrt(count)
     assert standard_error < 0.02 * total
     assert abs(float(ours.mean()) - total) < 4 * standard_error
+
+
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_on_a_mixture_of_gaussians_the_mean_is_the_closed_form(variance):
+    """For one x_0: every term integrated over x_t by quadrature, with the mixture's exact E[x_0 | x_t]."""
+    x_0 = np.array([32, -77]) / 127.5
+    x_0 = np.round((x_0 + 1) * 127.5) / 127.5 - 1  # on the grid of 8 bits
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    z = np.stack(np.meshgrid(nodes, nodes, indexing="ij"), axis=-1).reshape(-1, 2)
+    mass = np.outer(weights, weights).reshape(-1) / (2 * np.pi)
+    total = 0.0
+    for t in range(T):
+        a, s = math.sqrt(ALPHAS[t]), math.sqrt(1 - ALPHAS[t])
+        x_t = a * x_0 + s * z
+        known = Known(torch.from_numpy(x_t)[:, :, None, None], a, s).x_0.flatten(1).numpy()
+        of_x_0 = np.sqrt(PREVIOUS[t]) * BETAS[t] / (1 - ALPHAS[t])
+        if t == 0:
+            std = math.sqrt(FLOOR[0])
+            near, far = (stats.norm.logsf((np.abs(x_0 - known) + side / 255) / std) for side in (-1, 1))
+            terms = -(near + np.log1p(-np.exp(far - near))) / math.log(2)
+        else:
+            q = BETAS[t] if variance == "beta" else TILDE[t]
+            squared = (of_x_0 * (x_0 - known)) ** 2
+            terms = (TILDE[t] / q - 1 - math.log(TILDE[t] / q) + squared / q) / 2 / math.log(2)
+        total += mass @ terms.mean(axis=1)
+    ends = math.sqrt(1 - ALPHAS[-1])
+    prior = [kl_by_integration(math.sqrt(ALPHAS[-1]) * x, ends, 0, 1) / math.log(2) for x in x_0]
+    total += np.mean(prior)
+
+    def eps(x_t, t, y):
+        return Known(x_t, math.sqrt(ALPHAS[int(t[0])]), math.sqrt(1 - ALPHAS[int(t[0])])).eps
+
+    x = torch.from_numpy(x_0).view(1, 2, 1, 1).expand(4000, 2, 1, 1)
+    ours = variational_bound(predictor(eps, SCHEDULE), SCHEDULE, x, None, normal(x.shape), variance)["vlb"]
+    standard_error = float(ours.std()) / math.sqrt(len(ours))
+    assert standard_error < 0.02 * total
+    assert abs(float(ours.mean()) - total) < 4 * standard_error
+
+
+def test_clipping_bounds_the_predicted_x_0():
+    x_0 = pixels((3, 1, 1, 1))
+    wild = predictor(lambda x_t, t, y: torch.full_like(x_t, -50.0), SCHEDULE)
+    one = predictor(lambda x_t, t, y: torch.ones_like(x_t), SCHEDULE, "x_0")  # what the wild one is clipped to
+    clipped = variational_bound(wild, SCHEDULE, x_0, None, normal(x_0.shape), clip_x_0=True)["vlb"]
+    assert torch.allclose(clipped, variational_bound(one, SCHEDULE, x_0, None, normal(x_0.shape))["vlb"])
 
 
 def test_the_bound_is_above_and_close_to_the_entropy_of_the_data():

@@ -139,7 +139,6 @@ def test_a_classifier_draws_nothing(in_tmp, capsys):
         ([*CLASSIFIER, "model.num_classes=5"], "model.num_classes=5: the data has 10 classes"),
         ([*CLASSIFIER, "model.hourglass_ratio=32"], "model.hourglass_ratio=32: does not divide the 16 tokens"),
         (["experiment=digits", "objective=classifier"], "ClassifierObjective does not train DiffuSSM: choose"),
-        (["experiment=digits", "sampler=none"], "sampler.num_steps=25: sampler=none has no such key"),
         (
             [*CLASSIFIER, "evaluation=digits", "evaluation.every_images=32"],
             "evaluation.every_images=32: needs samples: choose a sampler",
@@ -152,6 +151,10 @@ def test_what_does_not_fit_together_is_one_line_and_creates_nothing(in_tmp, caps
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and says in said
     assert list(in_tmp.iterdir()) == []
+
+
+def test_without_a_sampler_its_options_mean_nothing():
+    assert not compose("train", ["experiment=digits", "sampler=none"]).sampler
 
 
 def test_a_denoiser_without_a_sampler_has_none_to_try(in_tmp):

@@ -39,7 +39,7 @@ def outputs(guidance, network, load=no_companion, t=500):
     return prediction.eps, prediction.variance_output
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1.5, 4.0])
+@pytest.mark.parametrize("scale", [1.0, 1.5, 4.0])
 def test_guidance_extrapolates_all_channels_and_keeps_the_conditional_variance(scale):
     network = Labelled()
     eps, variance_output = outputs(ClassifierFree(scale), network)
@@ -47,6 +47,13 @@ def test_guidance_extrapolates_all_channels_and_keeps_the_conditional_variance(s
         assert torch.allclose(eps[i], torch.tensor(NULL + scale * (label - NULL)).double())
         assert torch.allclose(variance_output[i], torch.tensor(10.0 * label).double())
     assert network.batches == [2 if scale == 1 else 4]  # both halves in one batch
+
+
+def test_scale_zero_is_the_unconditional_model_with_its_variance_alone():
+    network = Labelled()
+    eps, variance_output = outputs(ClassifierFree(0.0), network)
+    assert (eps == NULL).all() and (variance_output == 10.0 * NULL).all()
+    assert network.batches == [2]
 
 
 def test_guidance_of_some_channels_leaves_the_others_conditional():

@@ -164,7 +164,7 @@ def test_alphabar_at_training_timesteps_needs_all_of_them():
 REFUSED = [
     *((lambda f=f: f(0), "num_timesteps=0: must be at least 1") for f in CONSTRUCTORS),
     *((lambda f=f: f(-5), "num_timesteps=-5: ") for f in CONSTRUCTORS),
-    *((lambda f=f: f(10), r"beta_start=0.0001, beta_end=0.02: .*1000/T=100") for f in BETA_RANGES),
+    *((lambda f=f: f(10), r"beta_start=0.0001, beta_end=0.02: .*1000/num_timesteps=100") for f in BETA_RANGES),
     *((lambda f=f: f(beta_start=0.1, beta_end=0.01), "beta_start=0.1, beta_end=0.01: ") for f in BETA_RANGES),
     *((lambda f=f: f(beta_start=0.0), "beta_start=0.0, ") for f in BETA_RANGES),
     *((lambda f=f: f(beta_start=-0.1), "beta_start=-0.1, ") for f in BETA_RANGES),
