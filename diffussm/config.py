@@ -115,9 +115,7 @@ class EvaluateConfig:
     out: str | None = free(None)  # null: results.json in the run directory
     device: str = free("auto")
     metrics: list[str] | None = free(None)  # of METRICS; null: all that need samples only
-    likelihood_images: int | None = free(
-        None
-    )  # how many images (drawn from sampling.seed) vlb and inversion see; null: all
+    likelihood_images: int | None = free(None)  # how many images vlb and inversion see; null: all
     sampler: Any = free()
     guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
