@@ -27,9 +27,10 @@ UPRIGHT = {  # how an image of this EXIF orientation has to be turned
 def decode(content: bytes | Path, name: str | None = None) -> Image.Image:
     """The picture in an image file (of an animation, the first), upright, as RGB of 8 bits.
 
-    CMYK, grey and palettes become RGB by Pillow's `convert`, as in ADM's preprocessing. Of 16 bits the upper 8
-    remain; Pillow does so for colour, but would clip grey. Transparency is laid over white, where `convert`
-    would drop it: what has alpha 0 may have any colour, often black, that nobody was meant to see.
+    CMYK, grey and palettes become RGB by Pillow's `convert`, as in ADM's preprocessing, which differs in three
+    rare cases. EXIF orientation is honoured here. Of 16 bits the upper 8 remain; Pillow does so for colour, but
+    would clip grey. Transparency is laid over white, where `convert` would drop it: what has alpha 0 may have
+    any colour, often black, that nobody was meant to see.
 
     Args:
         name: what to call it in errors; a path is its own name.

@@ -78,6 +78,21 @@ def test_four_workers_read_what_this_process_reads(bedroom, church):
     assert torch.equal(both[3][0], here[3][0])  # what workers closed was theirs
 
 
+class Owners(Lsun):
+    """Whose the environment is that an image is read from."""
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        self.content(index)
+        return lsun._environments[self.paths[0].resolve()][0], os.getpid()
+
+
+def test_every_worker_opens_its_own_environment(bedroom):
+    source = Owners(str(bedroom[0]))
+    assert source[0] == (os.getpid(), os.getpid())
+    pairs = list(DataLoader(source, num_workers=2, batch_size=None))
+    assert len(set(map(tuple, pairs))) == 2 and all(owner == reader != os.getpid() for owner, reader in pairs)
+
+
 class Pairs:
     """Two data sets at once."""
 

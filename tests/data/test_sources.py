@@ -172,9 +172,21 @@ def test_the_fingerprint_of_rows_follows_their_content(saved, tmp_path):
     path.rename(tmp_path / "moved")
     assert HuggingFace(tmp_path / "moved").fingerprint == fingerprint
     rows, _ = make_rows()
-    for number, other in enumerate((rows.select([1, 0, 2, 3, 4, 5]), rows.select(range(5)))):
+    relabelled = rows.map(lambda row: {"label": 1 - row["label"]})
+    for number, other in enumerate((rows.select([2, 1, 0, 3, 4, 5]), relabelled, rows.select(range(5)))):
         other.save_to_disk(tmp_path / str(number))
         assert HuggingFace(tmp_path / str(number)).fingerprint != fingerprint
+
+
+def test_rows_are_opened_where_they_are_first_used(saved, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    source = HuggingFace(saved[0], resolution=16)
+    reference = source[3]
+    calls, load = [], datasets.load_from_disk
+    monkeypatch.setattr(datasets, "load_from_disk", lambda path: calls.append(path) or load(path))
+    again = pickle.loads(pickle.dumps(source))
+    assert calls == [] and again.num_classes == 2 and calls == []
+    assert torch.equal(again[3][0], reference[0]) and calls == [str(saved[0])]
 
 
 def test_what_datasets_has_not_written_is_one_line(tmp_path):
