@@ -193,8 +193,9 @@ ROOTS = {
     "schedules": SchedulesConfig,
     "bench": BenchConfig,
 }
-# Data may move (the names of its files are checked instead); checkpointing trades time for memory alone.
-FREE_WITHIN_GROUPS = ("data.path", "model.activation_checkpointing")
+# Data may move (the names of its files are checked instead), and what stops a run does not change its result;
+# checkpointing trades time for memory alone.
+FREE_WITHIN_GROUPS = ("data.path", "data.max_bad_fraction", "data.check", "model.activation_checkpointing")
 
 
 def register() -> None:
@@ -342,7 +343,7 @@ def drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[str
 
 def may_change(key: str) -> bool:
     """Whether a dotted key of TrainConfig is free on resume."""
-    if key in FREE_WITHIN_GROUPS:
+    if key.partition("[")[0] in FREE_WITHIN_GROUPS:
         return True
     head, _, rest = key.partition(".")
     fields = {item.name: item for item in dataclasses.fields(TrainConfig)}

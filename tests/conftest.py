@@ -16,6 +16,7 @@ SHAPED = (
     "models",
     "diffusion",
     "data.autoencoder",
+    "data.decode",
     "evaluation.features",
     "evaluation.metrics",
     "evaluation.statistics",

@@ -69,7 +69,22 @@ BAD_INPUT = [
     ((*DIGITS_DIT, "model.conditioning=film"), 2, "model.conditioning=film: must be one of adaln_zero, adaln,"),
     ((*DIGITS, "+model.colour=red"), 2, "model.colour: no such key"),
     ((*DIGITS, "model._target_=nowhere.Model"), 2, "model._target_=nowhere.Model"),
-    ((*DIGITS, "data=imagenet"), 2, "data=imagenet: choose digits, image_folder"),
+    ((*DIGITS, "data=imagnet"), 2, "data=imagnet: choose digits, fake, huggingface, image_folder, imagenet, l"),
+    ((*DIGITS, "data=fake", "data.num_classes=0"), 2, "data.num_classes=0: must be at least 1, or null"),
+    ((*DIGITS, "data=fake"), 2, "model.num_classes=10: the data has 1000 classes: set it to 1000"),
+    (
+        (*DIGITS, "data=imagenet", "data.path=/", "data.split=test"),
+        2,
+        "data.split=test: must be one of train, val",
+    ),
+    ((*DIGITS, "data=imagenet", "data.path=/", "data.check=1"), 2, "data.check=1: must be true or false"),
+    (
+        (*DIGITS, "data=image_folder", "data.path=/", "data.max_bad_fraction=2"),
+        2,
+        "data.max_bad_fraction=2.0: must",
+    ),
+    ((*DIGITS, "data=lsun", "data.path=/does/not/exist"), 65, "data.path=/does/not/exist: no data.mdb there"),
+    ((*DIGITS, "data=lsun", "data.path=[]"), 2, "data.path=[]: needs at least one directory"),
     ((*DIGITS, "data.split=validation"), 2, "data.split=validation: must be one of train, held_out"),
     ((*DIGITS, "data=image_folder"), 2, "data.path"),
     (
