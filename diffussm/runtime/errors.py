@@ -31,7 +31,7 @@ class DataError(UserError):
     exit_code = 65
 
 
-class BadImage(DataError):
+class BadImage(DataError):  # noqa: N818
     """One image of a data set that cannot be read: its name there, and the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
