@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from diffussm.runtime.errors import ConfigError, DataError
+from diffussm.runtime.errors import BadImage, ConfigError, DataError
 from diffussm.runtime.seeding import make_generator
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -26,6 +26,7 @@ class ImageSource(Protocol):
     """What training needs to know of a data set."""
 
     horizontal_flip: bool
+    max_bad_fraction: float
 
     @property
     def num_classes(self) -> int | None: ...
@@ -47,6 +48,7 @@ class Digits:
     num_classes = 10
     image_shape = (1, 8, 8)
     horizontal_flip = False
+    max_bad_fraction = 0.0
 
     def __init__(self, split: Literal["train", "held_out"] = "train", split_seed: int = 0) -> None:
         if split not in ("train", "held_out"):
@@ -102,6 +104,8 @@ class ImageFolder:
         resolution: side of the square that ADM's centre crop cuts from every image.
         horizontal_flip: mirror half of the images in training.
     """
+
+    max_bad_fraction = 0.01
 
     def __init__(self, path: str | Path, resolution: int = 256, horizontal_flip: bool = True) -> None:
         if resolution < 1:
@@ -163,7 +167,7 @@ class ImageFolder:
             SyntaxError,
             Image.DecompressionBombError,
         ) as error:
-            raise DataError(f"{file}: not a readable image ({error}): repair or remove it") from error
+            raise BadImage(file.relative_to(self.root).as_posix(), str(error)) from error
         return torch.from_numpy(pixels).permute(2, 0, 1), self._labels[index]
 
 
