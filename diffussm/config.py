@@ -191,8 +191,9 @@ ROOTS = {
     "schedules": SchedulesConfig,
     "bench": BenchConfig,
 }
-# Data may move (the names of its files are checked instead); checkpointing trades time for memory alone.
-FREE_WITHIN_GROUPS = ("data.path", "model.activation_checkpointing")
+# Data may move (the names of its files are checked instead) and be worse than thought; checkpointing trades time
+# for memory alone.
+FREE_WITHIN_GROUPS = ("data.path", "data.max_bad_fraction", "model.activation_checkpointing")
 
 
 def register() -> None:

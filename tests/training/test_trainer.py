@@ -180,7 +180,7 @@ def test_fp16_resumes_with_its_loss_scale(tmp_path):
 
 def poison(trainer: Trainer, steps: set[int]) -> None:
     original = trainer.to_latents
-    trainer.to_latents = lambda images: original(images) * (float("nan") if trainer.step in steps else 1.0)
+    trainer.to_latents = lambda *batch: original(*batch) * (float("nan") if trainer.step in steps else 1.0)
 
 
 def test_a_non_finite_step_is_skipped_counted_and_leaves_no_trace(tmp_path):
