@@ -206,7 +206,7 @@ def test_loader_workers_killed_in_a_save_and_elsewhere_change_nothing(tmp_path, 
     trainer.run()
     assert fingerprint(tmp_path) == fingerprint(uninterrupted)
     assert records(tmp_path) == records(uninterrupted)
-    assert len(notes) >= 4 and all("killed by SIGKILL" in note for note in notes)
+    assert len(notes) >= 2 and all("killed by SIGKILL" in note for note in notes)
 
 
 class PerfectLatents:
