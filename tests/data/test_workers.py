@@ -1,5 +1,6 @@
 """Workers may die, hang or fail: no batch is lost, repeated or changed, and nothing of them outlives its use."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -35,6 +36,7 @@ class Deadly(Numbers):
 
     def __getitem__(self, index):
         if index == self.deadly:
+            faulthandler.disable()  # pytest's, which would tell about it at length
             os.kill(os.getpid(), self.number)
         return super().__getitem__(index)
 
