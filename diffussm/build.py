@@ -21,7 +21,7 @@ from diffussm.compose import compose_group
 from diffussm.config import leaves, nearest
 from diffussm.data.autoencoder import Autoencoder, IdentityAutoencoder
 from diffussm.data.images import ImageSource
-from diffussm.data.loader import BatchLoader
+from diffussm.data.loader import BatchLoader, is_latent_set
 from diffussm.diffusion.classification import ClassifierObjective
 from diffussm.diffusion.guidance import Guidance, Guided
 from diffussm.diffusion.likelihood import variational_bound
@@ -240,7 +240,10 @@ def build_trainer(
     warn: Callable[[str], None],
 ) -> Trainer:
     """Everything that `diffussm train` runs, nothing of it started."""
-    config = system.config
+    config, autoencoder = system.config, system.autoencoder
+    if is_latent_set(source):
+        source.check_autoencoder(autoencoder.fingerprint)
+        source.check_spread()
     settings = dict(config.trainer)
     sample_every_images = settings.pop("sample_every_images")
     precision = Precision(settings.pop("precision"), system.device)
@@ -252,13 +255,21 @@ def build_trainer(
         with_labels=config.model.num_classes is not None,
         num_workers=settings.pop("num_workers"),
         pin_memory=system.device.type == "cuda",
+        noise_shape=system.latent_shape if autoencoder.is_stochastic else None,
+        bad_files=run.path / "bad_files.jsonl",
+        warn=warn,
     )
+
+    def to_latents(images: Tensor, noise: Tensor | None) -> Tensor:
+        """x_0, which a latent set gives as it is."""
+        return images if images.is_floating_point() else autoencoder.to_latents(images, noise)
+
     settings["ema_decays"] = list(settings["ema_decays"])
     return Trainer(
         model=system.model,
         objective=system.objective,
         batches=batches,
-        to_latents=system.autoencoder.to_latents,
+        to_latents=to_latents,
         optimizer=construct(config.optimizer, "optimizer", named_parameters=system.model.named_parameters()),
         checkpoints=store,
         log=MetricsLog(run.path / "metrics.jsonl"),

@@ -22,7 +22,7 @@ VERBS = {
     "export": "write a checkpoint's weights for other programs",
     "complexity": "print parameters, multiply-accumulates, SSM work and activations of models",
     "schedules": "plot noise schedules and print them as a table",
-    "bench": "measure speed and memory against textbook S4D, attention, DiT and diffusers",
+    "bench": "measure speed and memory against textbook S4D, attention, DiT, diffusers and torchvision",
 }
 MODULES = {"import": "import_weights"}  # where the verb is no name for a module
 
@@ -127,7 +127,7 @@ DESCRIPTIONS = {
         Measure time and memory, forward and training step, in one process with alternating repetitions. Prints
         a Markdown table with goals; writes bench.json and bench.md, after every result.
 
-          suites=[layer,block]          of layer, convolution, block, model, dit, sampling, gemm, xl
+          suites=[layer,block]          of layer, convolution, block, model, dit, sampling, gemm, xl, data
           lengths=[256,1024,4096,16384] tokens
           batch_size=4 hidden_size=384 d_state=64 depth=13
           repetitions=9 seconds=10      at most, for every call

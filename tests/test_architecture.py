@@ -29,7 +29,7 @@ ALLOWED = {
         "models", "diffusion", "training", "evaluation", "report", "bench",
     },
     "pipeline": {"models", "diffusion", "data"},
-    "bench": {"build", "models", "runtime"},
+    "bench": {"build", "models", "data", "runtime"},
     "cli": {"commands", "runtime"},
     "__main__": {"cli"},
     "__init__": {"build"},
@@ -64,7 +64,8 @@ ALLOWED_WITHIN = {
     "bench": {
         "timing": set(), "memory": set(), "baselines": set(),
         "workload": {"memory", "timing"},
-        "suites": {"baselines", "workload"},
+        "loading": {"timing", "workload"},
+        "suites": {"baselines", "loading", "workload"},
         "report": {"suites", "timing", "workload"},
         "__init__": set(),
     },

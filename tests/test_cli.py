@@ -517,6 +517,22 @@ def test_a_corrupt_image_ends_training_with_its_name_and_status(in_tmp, capsys):
     assert (status["state"], status["exit_code"]) == ("failed", 65)
 
 
+def test_images_that_cannot_be_read_are_listed_and_training_goes_on(in_tmp, capsys):
+    (in_tmp / "images" / "class").mkdir(parents=True)
+    for index in range(150):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(in_tmp / "images" / "class" / f"{index:03}.png")
+    (in_tmp / "images" / "class" / "007.png").write_text("no image")
+    arguments = [
+        "train", *SMALL_RUN, "run_dir=run", "data=image_folder", "data.path=images", "data.resolution=8",
+        "model.num_classes=1", "model.in_channels=3", "evaluation=none", "trainer.total_images=160",
+    ]  # fmt: skip
+    assert main([arg for arg in arguments if arg != "evaluation.num_samples=64"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("007.png: not a readable image") == 1
+    (line,) = Path("run/bad_files.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"].endswith("007.png") and json.loads(line)["reason"]
+
+
 def test_module_and_console_script_are_the_same(diffussm):
     script = Path(sys.executable).with_name("diffussm")
     shown = subprocess.run([script, "train", "--help"], capture_output=True, text=True, check=True)
