@@ -80,7 +80,7 @@ def test_processes_without_a_schedule_are_left_out_or_refused(in_tmp, monkeypatc
     [
         ("num_timesteps=0", "diffusion.num_timesteps=0: must be at least 1"),
         ("num_timesteps=1.5", "diffusion.num_timesteps=1.5: must be an integer"),
-        ("num_timesteps=10", ": must rise within (0, 1) (scaled by 1000/T=100)"),
+        ("num_timesteps=10", ": must rise within (0, 1) when scaled by 1000/num_timesteps=100"),
         ("beta_end=fast", "diffusion.beta_end=fast: must be a number"),
         ("zero_terminal_snr=1", "diffusion.zero_terminal_snr=1: must be true or false"),
         ("beta_strat=1", "diffusion.beta_strat: no such key (did you mean beta_start?)"),
