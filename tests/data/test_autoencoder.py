@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
+from data.tiny_vae import make_tiny_dc, make_tiny_vae
 from diffusers import AutoencoderDC, AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from data.tiny_vae import make_tiny_dc, make_tiny_vae
 from diffussm.data import pretrained
 from diffussm.data.autoencoder import DCAutoencoder, IdentityAutoencoder, KLAutoencoder
 from diffussm.data.pretrained import PICKLE_FILE, WEIGHTS_FILE
@@ -129,7 +129,7 @@ def test_an_overflow_is_not_drawn(folder):
     ours = KLAutoencoder(folder, precision="bf16")
     with torch.no_grad():
         ours.network.decoder.conv_out.bias.fill_(float("inf"))
-    with pytest.raises(DivergedError, match="autoencoder overflows in bf16: set autoencoder.precision=fp32"):
+    with pytest.raises(DivergedError, match=r"autoencoder overflows in bf16: set autoencoder.precision=fp32"):
         ours.to_pixels(torch.zeros(1, 4, 4, 4))
 
 
@@ -166,7 +166,9 @@ def test_dc_ae_has_latents_and_no_posterior(tmp_path):
     latents = theirs.encode(images.float() / 127.5 - 1).latent * 0.4
     assert not ours.is_stochastic and ours.latent_shape((3, 32, 32)) == (8, 8, 8)
     assert close(ours.to_latents(images), latents)
-    assert torch.equal(ours.to_pixels(latents), IdentityAutoencoder().to_pixels(theirs.decode(latents / 0.4).sample))
+    assert torch.equal(
+        ours.to_pixels(latents), IdentityAutoencoder().to_pixels(theirs.decode(latents / 0.4).sample)
+    )
     assert ours.fingerprint["kind"] == "DCAutoencoder" and ours.fingerprint["factor"] == 4
 
 
