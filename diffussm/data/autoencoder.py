@@ -99,6 +99,7 @@ class FrozenAutoencoder(ABC):
 
     class_name: ClassVar[str]  # in diffusers
     default_scale: ClassVar[float]  # what diffusers takes if config.json names none
+    has_shift: ClassVar[bool]  # whether its config.json can name one
     is_stochastic: ClassVar[bool]
 
     def __init__(
@@ -248,7 +249,13 @@ class FrozenAutoencoder(ABC):
     def written_out(self) -> dict[str, bytes]:
         """Its two files by name, with the scale and shift that are used here, and no word of where they were."""
         config = {key: value for key, value in self.files.config.items() if key != "_name_or_path"}
-        config |= {"scaling_factor": self.scale, "shift_factor": self.shift or config.get("shift_factor")}
+        config["scaling_factor"] = self.scale
+        if self.shift and not self.has_shift:
+            raise ConfigError(
+                f"autoencoder.shift={self.shift}: {self.class_name} of diffusers has none to tell of"
+            )
+        if self.has_shift:
+            config["shift_factor"] = self.shift
         return {CONFIG_FILE: json.dumps(config, indent=2).encode(), WEIGHTS_FILE: self.files.weights.read_bytes()}
 
     @torch.no_grad()
@@ -296,6 +303,7 @@ class KLAutoencoder(FrozenAutoencoder):
 
     class_name = "AutoencoderKL"
     default_scale = 0.18215
+    has_shift = True
     is_stochastic = True
 
     def to_latents(
@@ -325,6 +333,7 @@ class DCAutoencoder(FrozenAutoencoder):
 
     class_name = "AutoencoderDC"
     default_scale = 1.0
+    has_shift = False
     is_stochastic = False
 
     def to_latents(

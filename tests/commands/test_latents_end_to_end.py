@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffussm.cli import main
-from diffussm.data.autoencoder import KLAutoencoder
+from diffussm.data.autoencoder import DCAutoencoder, KLAutoencoder
 from diffussm.data.pretrained import PICKLE_FILE, WEIGHTS_FILE
 from diffussm.models import DiT
+from diffussm.runtime.errors import ConfigError
 from diffussm.training.checkpoint import find_checkpoint
 
 
@@ -28,7 +29,9 @@ def place(tmp_path_factory) -> Path:
         folder = path / "images" / ("cats", "dogs")[index % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 36), (20 * index, 255 - 20 * index, 90)).save(folder / f"{index}.png")
-    make_tiny_vae(path / "vae", scaling_factor=0.7, shift_factor=0.1)
+    make_tiny_vae(path / "vae", scaling_factor=0.7, shift_factor=0.1, force_upcast=True)
+    config = path / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_name_or_path": str(path)}))
     make_tiny_vae(path / "other", seed=1)
     assert main(train(path)) == 0
     return path
@@ -192,6 +195,10 @@ def test_a_pipeline_decodes_with_the_vae_that_it_carries(place, folder, tmp_path
     for picture, pixels in zip(pictures, expected, strict=True):
         assert picture.tobytes() == pixels.permute(1, 2, 0).numpy().tobytes()
     assert load_file(folder / "vae" / WEIGHTS_FILE).keys() == load_file(place / "vae" / WEIGHTS_FILE).keys()
+    pipe.vae.half()
+    again = pipe(**options, generator=generators()).images
+    assert pipe.vae.dtype == torch.float32  # for its config.json says that fp16 overflows
+    assert all(a.size == b.size for a, b in zip(pictures, again, strict=True))
     pipe.save_pretrained(tmp_path / "again")
     again = DiffuSSMPipeline.from_pretrained(tmp_path / "again")
     again.set_progress_bar_config(disable=True)
@@ -213,6 +220,15 @@ def test_other_schedulers_keep_all_four_channels(folder, name):
         if "variance_type" in pipe.scheduler.config
         else True
     )
+
+
+def test_times_of_an_exported_flow_are_shifted_by_the_size_of_latents(place, tmp_path):
+    flow = ["objective=flow", "sampler=flow_heun", "diffusion=rectified_flow", "diffusion.reference_pixels=4"]
+    arguments = train(place, *flow, "model.learn_sigma=false", "trainer.total_images=16")
+    assert main([*arguments, f"run_dir={tmp_path / 'run'}"]) == 0
+    assert main(["export", f"checkpoint={tmp_path / 'run'}", f"to={tmp_path / 'out'}"]) == 0
+    scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["shift"] == 2  # sqrt(4 x 4 / 4)
 
 
 def test_an_exported_folder_serves_as_the_autoencoder_and_tells_which_it_is(place, folder, tmp_path):
@@ -289,3 +305,6 @@ def test_a_run_on_dc_ae_trains_draws_and_exports(place, tmp_path):
     pipe = DiffuSSMPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
     assert pipe([1], num_inference_steps=2).images[0].size == (32, 32)
+    shifted = DCAutoencoder(tmp_path / "dc", shift=0.5)
+    with pytest.raises(ConfigError, match=r"autoencoder.shift=0.5: AutoencoderDC of diffusers has none"):
+        shifted.written_out()

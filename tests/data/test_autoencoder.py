@@ -1,4 +1,4 @@
-"""Frozen autoencoders: diffusers' own numbers, lazily, in fp32, from files that are checked and never unpickled."""
+"""Frozen autoencoders: diffusers' own numbers, lazily, in fp32, from checked files that are never unpickled."""
 
 import json
 import shutil
@@ -97,7 +97,7 @@ def test_shapes_are_inverses_and_misfits_name_their_key(folder):
     ):
         with pytest.raises(ConfigError, match=says):
             ours.latent_shape(shape)
-    with pytest.raises(ConfigError, match="autoencoder.tile=100: must be a multiple of 32"):
+    with pytest.raises(ConfigError, match=r"autoencoder.tile=100: must be a multiple of 32"):
         KLAutoencoder(folder, tile=100).latent_shape((3, 64, 64))
 
 
