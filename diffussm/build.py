@@ -40,7 +40,7 @@ from diffussm.runtime.seeding import derive_seed
 from diffussm.training.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from diffussm.training.logging import MetricsLog
 from diffussm.training.precision import Precision
-from diffussm.training.trainer import Periodic, Trainer
+from diffussm.training.trainer import Batches, Periodic, Trainer
 
 PACKAGE_PREFIX = "diffussm:"  # marks a path inside the installed package
 MAX_GRID_ROWS = GRID_COLUMNS = 10
@@ -65,6 +65,19 @@ def build_source(data: DictConfig, model: DictConfig) -> ImageSource:
     return source
 
 
+class EncodedBatches:
+    """Batches whose fingerprint names also the autoencoder that makes latents of them."""
+
+    def __init__(self, batches: Batches, autoencoder: Mapping[str, Any]) -> None:
+        self.batches, self.autoencoder = batches, autoencoder
+        self.starting_at = batches.starting_at
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Of the data and the autoencoder."""
+        return {**self.batches.fingerprint, "autoencoder": dict(self.autoencoder)}
+
+
 class System:
     """The parts that training, sampling and evaluation share, built from a training configuration.
 
@@ -73,7 +86,8 @@ class System:
 
     def __init__(self, config: DictConfig, image_shape: Sequence[int], device: torch.device) -> None:
         self.config, self.image_shape, self.device = config, tuple(image_shape), device
-        self.autoencoder: Autoencoder = construct(config.autoencoder, "autoencoder")
+        autoencoder: Autoencoder = construct(config.autoencoder, "autoencoder")
+        self.autoencoder = autoencoder.to(device)
         process = construct(config.diffusion, "diffusion").to(device)
         channels, height, width = image_shape
         self.latent_shape = self.autoencoder.latent_shape((channels, height, width))
@@ -186,17 +200,34 @@ class System:
         assert isinstance(theirs, DictConfig)
         refuse_foreign_code(theirs, str(checkpoint.path))
         ours = self.config
-        for key in ("autoencoder", "diffusion", "objective.prediction"):
+        for key in ("autoencoder._target_", "diffusion", "objective.prediction"):
             mine, other = OmegaConf.select(ours, key), OmegaConf.select(theirs, key)
             if other is not None and mine != other:
                 raise ConfigError(
                     f"guidance.checkpoint={path}: was trained with another {key} ({_difference(mine, other)}): "
                     f"choose a checkpoint that shares it"
                 )
+        encoded = recorded_autoencoder(checkpoint)
+        if encoded is not None and encoded != self.autoencoder.fingerprint:
+            raise ConfigError(
+                f"guidance.checkpoint={path}: was trained with {describe_fingerprint(encoded)}, not "
+                f"{describe_fingerprint(self.autoencoder.fingerprint)}"
+            )
         check_latents(theirs.model, self.latent_shape)
         network = construct(theirs.model, "model").to(self.device)
         load_weights(checkpoint, network, weights, "guidance.weights")
         return network
+
+
+def recorded_autoencoder(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """The fingerprint of what a checkpoint's latents came from; None if it does not tell, as of pixels."""
+    return checkpoint.document("train_state")["data"].get("autoencoder")
+
+
+def describe_fingerprint(fingerprint: Mapping[str, Any]) -> str:
+    """An autoencoder in a few words."""
+    rest = {key: str(value)[:12] for key, value in fingerprint.items() if key != "kind"}
+    return " ".join([fingerprint["kind"], *(f"{key}={value}" for key, value in rest.items())])
 
 
 def check_latents(model: DictConfig, latent_shape: tuple[int, int, int]) -> None:
@@ -248,7 +279,7 @@ def build_trainer(
     sample_every_images = settings.pop("sample_every_images")
     precision = Precision(settings.pop("precision"), system.device)
     store = CheckpointStore(run.checkpoints, settings.pop("keep_checkpoints"), warn)
-    batches = BatchLoader(
+    batches: Batches = BatchLoader(
         source,
         config.trainer.batch_size,
         config.seed,
@@ -264,6 +295,8 @@ def build_trainer(
         """x_0, which a latent set gives as it is."""
         return images if images.is_floating_point() else autoencoder.to_latents(images, noise)
 
+    if not isinstance(system.autoencoder, IdentityAutoencoder):
+        batches = EncodedBatches(batches, system.autoencoder.fingerprint)  # missing weights end it here
     settings["ema_decays"] = list(settings["ema_decays"])
     return Trainer(
         model=system.model,

@@ -33,6 +33,7 @@ DESCRIPTIONS = {
           experiment=NAME               a complete recipe; what follows changes it
           name=NAME                     the run; its directory is runs/NAME (run_dir=DIR for another)
           model= data= optimizer=       choose between the options listed below
+          autoencoder=sd_vae_ft_ema     diffuse its latents; autoencoder.pretrained=DIR where it is not on the hub
           objective=flow sampler=flow_heun
                                         rectified flow instead of diffusion
           objective.prediction=v        eps, x_0 or v; diffusion.zero_terminal_snr=true needs one of the last two
@@ -60,6 +61,7 @@ DESCRIPTIONS = {
                                         by a classifier (experiment=digits_classifier trains one)
           guidance=autoguidance guidance.checkpoint=PATH
                                         by a weaker model of the same data
+          autoencoder.pretrained=DIR    where the run's autoencoder is now
           out=DIR                       default: a directory under samples/ of the run
           trust_checkpoint=true         build what a checkpoint names from outside diffussm
 
@@ -80,19 +82,21 @@ DESCRIPTIONS = {
           data.split=held_out likelihood_images=100
                                         on which images, and how many (drawn by sampling.seed); default: all
                                         of the run's data
+          autoencoder.pretrained=DIR    where the run's autoencoder is now
           out=FILE                      default: results.json of the run
           trust_checkpoint=true         build what a checkpoint names from outside diffussm""",
     "import": """\
         Make a run directory from the weights of a DiT, such as the public DiT-XL-2-256x256.pt; `sample`,
-        `evaluate`, `export` and `train` take it as one of their own (latents of 4 channels need an autoencoder
-        before they can be drawn).
+        `evaluate`, `export` and `train` take it as one of their own. The autoencoder is named, not needed yet.
 
           FILE                          .pt, .pth or .safetensors with the official names or those of diffusers,
                                         or a directory that diffusers wrote; nothing in it is executed
           name=NAME run_dir=DIR         default: runs/<name of the file>
           model.num_heads=16            where the size is not a published one
           model.input_size=32           where the file does not tell the size of the latents
-          autoencoder= image_shape=     what turns latents into images, and their shape [C, H, W]
+          autoencoder=sd_vae_ft_ema     what turns latents into images (this one for 4 channels, unless told)
+          autoencoder.pretrained=DIR    where it is; can be said later, to `sample` and the others
+          image_shape=[3,256,256]       default: what the autoencoder decodes to
 
         Everything else is a key of `diffussm train`, recorded for what comes next.""",
     "export": """\
@@ -100,7 +104,8 @@ DESCRIPTIONS = {
 
           checkpoint=PATH               a run directory (newest valid checkpoint) or one checkpoint
           layout=pipeline               the default: a directory with a model card that
-                                        diffussm.pipeline.DiffuSSMPipeline.from_pretrained loads, for diffusers
+                                        diffussm.pipeline.DiffuSSMPipeline.from_pretrained loads, for diffusers;
+                                        an autoencoder goes with it (autoencoder.pretrained=DIR: where it is now)
           layout=official               one file with the names of DiT's authors (of DiffuSSM: its own)
           layout=diffusers              a directory for DiTTransformer2DModel.from_pretrained; its outputs differ
                                         slightly, for its timestep sinusoid has other frequencies

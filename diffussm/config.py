@@ -101,6 +101,7 @@ class SampleConfig:
     device: str = free("auto")
     num_images: int = free(100)
     classes: list[int] | None = free(None)  # rows of the grid; null: all classes, at most 10
+    autoencoder: Any = free()  # the one that it was trained with, wherever that is now
     sampler: Any = free()
     guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
@@ -115,9 +116,8 @@ class EvaluateConfig:
     out: str | None = free(None)  # null: results.json in the run directory
     device: str = free("auto")
     metrics: list[str] | None = free(None)  # of METRICS; null: all that need samples only
-    likelihood_images: int | None = free(
-        None
-    )  # how many images (drawn from sampling.seed) vlb and inversion see; null: all
+    likelihood_images: int | None = free(None)  # how many images vlb and inversion see; null: all
+    autoencoder: Any = free()
     sampler: Any = free()
     guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
@@ -129,7 +129,7 @@ class EvaluateConfig:
 class ImportConfig(TrainConfig):
     """`diffussm import`: the configuration of a run that begins with the imported weights."""
 
-    image_shape: list[int] | None = free(None)  # (C, H, W) that the autoencoder decodes to; null: of the latents
+    image_shape: list[int] | None = free(None)  # (C, H, W); null: what the autoencoder decodes to
 
 
 @dataclass
@@ -140,6 +140,7 @@ class ExportConfig:
     trust_checkpoint: bool = free(False)  # build classes from outside diffussm that a checkpoint names
     layout: str = free("pipeline")  # pipeline, official or diffusers
     weights: str = free("ema")  # ema (the first average), ema_<decay>, or model
+    autoencoder: Any = free()  # of layout=pipeline
     to: str | None = free(None)  # null: export/<...> in the run directory
 
 
@@ -193,9 +194,13 @@ ROOTS = {
     "schedules": SchedulesConfig,
     "bench": BenchConfig,
 }
-# Data may move (the names of its files are checked instead), and what stops a run does not change its result;
-# checkpointing trades time for memory alone.
-FREE_WITHIN_GROUPS = ("data.path", "data.max_bad_fraction", "data.check", "model.activation_checkpointing")
+# Data and autoencoders may move (their fingerprints are checked instead), and what stops a run does not change its
+# result; the others trade time for memory alone.
+FREE_WITHIN_GROUPS = (
+    *(f"data.{key}" for key in ("path", "max_bad_fraction", "check")),
+    *(f"autoencoder.{key}" for key in ("pretrained", "subfolder", "revision", "batch_size")),
+    "model.activation_checkpointing",
+)
 
 
 def register() -> None:
@@ -241,7 +246,7 @@ def validate(config: DictConfig) -> None:
         _validate_metrics(config)
     if config.get("sampler") and "_target_" not in config.sampler:
         config.sampler = {}  # sampler=none: what an experiment sets for its own sampler means nothing
-    if config.get("autoencoder") and config.sampler and config.sampler.get("clip_x_0") is True:
+    if config.get("autoencoder") and config.get("sampler") and config.sampler.get("clip_x_0") is True:
         in_pixels = config.autoencoder._target_.endswith("IdentityAutoencoder")
         _require(config, "sampler.clip_x_0", in_pixels, "latents are not bounded: set it to false")
 

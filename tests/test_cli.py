@@ -638,7 +638,7 @@ def test_export_and_import_are_inverses_in_both_layouts(run, in_tmp, capsys):
 
 def test_published_sizes_need_no_heads_and_latents_that_cannot_be_drawn_are_announced(in_tmp, capsys):
     torch.save(public_weights(in_channels=4, hidden_size=384, depth=12, num_heads=6, patch_size=8), "dit_s_8.pt")
-    assert main(["import", "dit_s_8.pt"]) == 0
+    assert main(["import", "dit_s_8.pt", "autoencoder=identity"]) == 0
     assert "images of 4 channels cannot be drawn" in capsys.readouterr().err
     config = json.loads(Path("runs/dit_s_8/checkpoints/step-000000000000/config.json").read_text())
     assert config["model"]["num_heads"] == 6 and config["trainer"]["ema_decays"] == [0.9999]
@@ -719,7 +719,7 @@ def test_exports_that_cannot_be_are_one_line_and_overwrite_nothing(run, in_tmp, 
     assert main(["import", "a.pt", HEADS, "model.num_classes=11", "model.class_dropout_prob=0"]) == 0
     assert main(["import", "b.pt", HEADS]) == 0
     torch.save(public_weights(in_channels=4), "c.pt")
-    assert main(["import", "c.pt", HEADS]) == 0
+    assert main(["import", "c.pt", HEADS, "autoencoder=identity"]) == 0
     Path("there").mkdir()
     capsys.readouterr()
     for arguments, code, says in (

@@ -71,7 +71,7 @@ def _check_drawable(checkpoint: Checkpoint) -> None:
     if channels not in (1, 3):
         raise ConfigError(
             f"{checkpoint.path}: gives images of {channels} channels, which cannot be drawn: "
-            "latents need an autoencoder that decodes them"
+            "import the weights anew with the autoencoder of these latents, such as autoencoder=sd3_vae"
         )
 
 
