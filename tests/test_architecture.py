@@ -26,7 +26,7 @@ ALLOWED = {
     "build": {"compose", "config", "runtime", "models", "diffusion", "data", "training", "evaluation", "report"},
     "commands": {
         "build", "compose", "config", "runtime", "pipeline",
-        "models", "diffusion", "training", "evaluation", "report", "bench",
+        "data", "models", "diffusion", "training", "evaluation", "report", "bench",
     },
     "pipeline": {"models", "diffusion", "data"},
     "bench": {"build", "models", "runtime"},
@@ -70,6 +70,7 @@ ALLOWED_WITHIN = {
     },
     "runtime": {
         "errors": set(), "allocator": set(), "seeding": set(), "signals": set(), "run_dir": {"errors"},
+        "distributed": {"errors"},
         "__init__": set(),
     },
 }  # fmt: skip
