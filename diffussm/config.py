@@ -92,6 +92,20 @@ class TrainConfig:
 
 
 @dataclass
+class EncodeConfig:
+    """`diffussm encode`."""
+
+    to: str = free()  # the directory of the latent set
+    data: Any = free()
+    autoencoder: Any = free()
+    batch_size: int = free(32)  # images in one pass of the autoencoder
+    dtype: str = free("fp16")  # of the stored moments: fp16 or fp32
+    shard_size: int = free(4096)  # images of the source in one file
+    num_workers: int = free(4)  # processes that read images, for each one that encodes
+    device: str = free("auto")
+
+
+@dataclass
 class SampleConfig:
     """`diffussm sample`."""
 
@@ -183,6 +197,7 @@ METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
 BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl")
 ROOTS = {
     "train": TrainConfig,
+    "encode": EncodeConfig,
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
     "import": ImportConfig,
@@ -218,6 +233,10 @@ def validate(config: DictConfig) -> None:
         _require(config, "name", is_name, "use at most 100 letters, digits and . _ -")
     if "layout" in config:
         _require_choice(config, "layout", ("pipeline", "official", "diffusers"))
+    if "shard_size" in config:
+        _require_choice(config, "dtype", ("fp16", "fp32"))
+        for key, least in (("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
+            _require(config, key, config[key] >= least, f"must be at least {least}")
     if "sampling" in config:
         _validate_sampling(config)
     if "suites" in config:
@@ -239,7 +258,7 @@ def validate(config: DictConfig) -> None:
     if config.get("sampler") and "_target_" not in config.sampler:
         key = next(iter(config.sampler))
         raise ConfigError(f"sampler.{key}={config.sampler[key]}: sampler=none has no such key: choose a sampler")
-    if config.get("autoencoder") and config.sampler and config.sampler.get("clip_x_0") is True:
+    if config.get("autoencoder") and config.get("sampler") and config.sampler.get("clip_x_0") is True:
         in_pixels = config.autoencoder._target_.endswith("IdentityAutoencoder")
         _require(config, "sampler.clip_x_0", in_pixels, "latents are not bounded: set it to false")
 

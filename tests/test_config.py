@@ -23,7 +23,7 @@ def resolved(*overrides: str) -> dict:
     [(group, option) for group in groups() if group != "experiment" for option in group_options(group)],
 )
 def test_every_option_composes_and_matches_its_constructor(group, option):
-    extra = ["data.path=somewhere"] if (group, option) == ("data", "image_folder") else []
+    extra = ["data.path=somewhere"] if (group, option) in (("data", "image_folder"), ("data", "latents")) else []
     extra += ["guidance.checkpoint=somewhere"] if group == "guidance" and option != "classifier_free" else []
     if (group, option) == ("sampler", "none"):
         experiment = "digits_classifier"  # whose other keys set none of a sampler
