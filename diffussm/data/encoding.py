@@ -11,7 +11,7 @@ import io
 import json
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -197,7 +197,6 @@ class Encoding:
             batch_sampler=[list(indices) for shard in shards for indices in self._batches(shard)],
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
-            pin_memory=self.device.type == "cuda",
             worker_init_fn=_outlast_signals,
             generator=torch.Generator(),  # not the global one, which is the caller's
         )
@@ -267,7 +266,7 @@ class Encoding:
     def _moments(self, batch: "_Read") -> np.ndarray:
         """(n, 2, K, h, w) as they are stored. DataError names the first image whose are not finite."""
         assert batch.images is not None
-        images = batch.images.to(self.device, non_blocking=True)
+        images = torch.from_numpy(batch.images).to(self.device)
         passes = [self.autoencoder.encode(pixels).float().cpu() for pixels in (images, images.flip(-1))]
         moments = torch.stack(passes, dim=1)
         channels = self.row_shape[0]
@@ -391,13 +390,10 @@ class Encoding:
 class _Read:
     """A batch of images: those that can be read, with their indices and labels, and what is wrong with others."""
 
-    images: Tensor | None
+    images: np.ndarray | None  # an array goes through a pipe; a tensor would go through /dev/shm, often small
     indices: list[int]
     labels: list[int]
     bad: list[dict[str, str]]
-
-    def pin_memory(self) -> "_Read":  # DataLoader looks for it
-        return self if self.images is None else replace(self, images=self.images.pin_memory())
 
 
 class _Images(Dataset):
@@ -426,7 +422,7 @@ class _Images(Dataset):
                 images.append(image)
                 kept.append(index)
                 labels.append(int(label))
-        return _Read(torch.stack(images) if images else None, kept, labels, bad)
+        return _Read(torch.stack(images).numpy() if images else None, kept, labels, bad)
 
 
 def _as_it_is(read: Any) -> Any:
