@@ -62,7 +62,7 @@ DESCRIPTIONS = {
           shard_size=4096               images in one file
           device=cuda                   auto, cpu, cuda, cuda:1
 
-        Several GPUs share the work under the launcher of training; the result is the same, byte for byte:
+        Several GPUs, or the cores of a CPU, share the work under torchrun; the result is the same, byte for byte:
 
           torchrun --nproc_per_node=8 -m diffussm encode ...""",
     "sample": """\

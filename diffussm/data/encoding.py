@@ -200,6 +200,10 @@ class Encoding:
             worker_init_fn=_outlast_signals,
             generator=torch.Generator(),  # not the global one, which is the caller's
         )
+        num_threads = torch.get_num_threads()
+        if self.device.type == "cpu":
+            # Sums are split between threads, and rounded so: with any other number the bits would differ.
+            torch.set_num_threads(1)
         try:
             read = iter(loader)
             for shard in shards:
@@ -211,6 +215,8 @@ class Encoding:
                 "a process that reads images was killed, as happens when memory runs out: lower num_workers, and "
                 "run it again; finished shards are kept"
             ) from error
+        finally:
+            torch.set_num_threads(num_threads)
 
     def _encode_shard(self, shard: int, read: "Iterator[_Read | DataError]") -> None:
         labels: list[int] = []

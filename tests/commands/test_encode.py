@@ -195,7 +195,7 @@ def test_damage_is_found_when_it_is_run_again_and_can_be_mended(folder, whole, t
     shard.write_bytes(shard.read_bytes()[:-10])
     assert main(arguments(folder, tmp_path / "set")) == 65
     assert "000003.npy: truncated" in capsys.readouterr().err
-    shard.unlink()
+    (tmp_path / "set" / "shards" / "000005.npy").unlink()
     (tmp_path / "set" / "manifest.json").unlink()
     assert main(arguments(folder, tmp_path / "set")) == 0
     assert manifest_hash(tmp_path / "set") == manifest_hash(whole)

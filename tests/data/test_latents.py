@@ -190,6 +190,24 @@ def test_posteriors_are_sampled_in_float32():
     assert torch.equal(moments, before) and torch.equal(wide, before.float())
 
 
+class Threads(PatchProjection):
+    """Counts the threads that it may use."""
+
+    def encode(self, images):
+        self.counted = torch.get_num_threads()
+        return super().encode(images)
+
+
+def test_a_cpu_encodes_with_one_thread_whose_roundings_are_the_same_everywhere(photographs, tmp_path):
+    autoencoder, before = Threads(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        encode(photographs, autoencoder, tmp_path / "set")
+        assert (autoencoder.counted, torch.get_num_threads()) == (1, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 class Broken(PatchProjection):
     """Overflows where an image is dark."""
 
