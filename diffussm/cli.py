@@ -16,6 +16,7 @@ from diffussm.runtime.errors import OutOfMemoryError, StorageError, UserError
 
 VERBS = {
     "train": "train a model; the same command continues an interrupted run",
+    "encode": "turn images into latents once, for many trainings",
     "sample": "draw images from a checkpoint",
     "evaluate": "measure a checkpoint: FID, sFID, IS, precision, recall, bits per dimension",
     "import": "make a run directory from public DiT weights",
@@ -48,6 +49,24 @@ DESCRIPTIONS = {
         The run directory is a function of the configuration, so the same command again continues where the
         newest valid checkpoint left off, bit for bit. Exit codes: 0 done, 2 configuration, 65 data,
         70 diverged, 71 out of memory, 73 run directory, 74 I/O, 75 stopped by a signal (run it again).""",
+    "encode": """\
+        Encode a data set: the moments of the posterior of every image and its mirror image, which
+        `diffussm train data=latents data.path=DIR` samples anew in every step. Run again, the same command
+        continues where it was stopped or killed.
+
+          data=image_folder data.path=DIR data.resolution=256
+                                        the images; those that cannot be read are listed in bad_files.jsonl
+          data.max_bad_fraction=0.01    how many of them may be unreadable
+          autoencoder=NAME              what encodes them
+          to=DIR                        where the latent set goes
+          batch_size=32 num_workers=4   images in one pass; processes that read them
+          dtype=fp16                    of what is stored, fp16 or fp32
+          shard_size=4096               images in one file
+          device=cuda                   auto, cpu, cuda, cuda:1
+
+        Several GPUs, or the cores of a CPU, share the work under torchrun; the result is the same, byte for byte:
+
+          torchrun --nproc_per_node=8 -m diffussm encode ...""",
     "sample": """\
         Draw images from a checkpoint and save them with a grid (rows = classes).
 

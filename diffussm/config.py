@@ -92,6 +92,20 @@ class TrainConfig:
 
 
 @dataclass
+class EncodeConfig:
+    """`diffussm encode`."""
+
+    to: str = free()  # the directory of the latent set
+    data: Any = free()
+    autoencoder: Any = free()
+    batch_size: int = free(32)  # images in one pass of the autoencoder
+    dtype: str = free("fp16")  # of the stored moments: fp16 or fp32
+    shard_size: int = free(4096)  # images of the source in one file
+    num_workers: int = free(4)  # processes that read images, for each one that encodes
+    device: str = free("auto")
+
+
+@dataclass
 class SampleConfig:
     """`diffussm sample`."""
 
@@ -186,6 +200,7 @@ METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
 BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data")
 ROOTS = {
     "train": TrainConfig,
+    "encode": EncodeConfig,
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
     "import": ImportConfig,
@@ -226,6 +241,10 @@ def validate(config: DictConfig) -> None:
         _require(config, "name", is_name, "use at most 100 letters, digits and . _ -")
     if "layout" in config:
         _require_choice(config, "layout", ("pipeline", "official", "diffusers"))
+    if "shard_size" in config:
+        _require_choice(config, "dtype", ("fp16", "fp32"))
+        for key, least in (("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
+            _require(config, key, config[key] >= least, f"must be at least {least}")
     if "sampling" in config:
         _validate_sampling(config)
     if "suites" in config:

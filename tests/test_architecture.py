@@ -71,6 +71,7 @@ ALLOWED_WITHIN = {
     },
     "runtime": {
         "errors": set(), "allocator": set(), "seeding": set(), "signals": set(), "run_dir": {"errors"},
+        "distributed": {"errors"},
         "__init__": set(),
     },
 }  # fmt: skip
