@@ -21,7 +21,7 @@ from diffussm.compose import compose_group
 from diffussm.config import leaves, nearest
 from diffussm.data.autoencoder import Autoencoder, IdentityAutoencoder
 from diffussm.data.images import ImageSource
-from diffussm.data.loader import BatchLoader, is_latent_set
+from diffussm.data.loader import BatchLoader, LatentSource, is_latent_set
 from diffussm.diffusion.classification import ClassifierObjective
 from diffussm.diffusion.guidance import Guidance, Guided
 from diffussm.diffusion.likelihood import variational_bound
@@ -54,9 +54,9 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     return construct(compose_group("model", name, overrides), "model")
 
 
-def build_source(data: DictConfig, model: DictConfig) -> ImageSource:
+def build_source(data: DictConfig, model: DictConfig) -> ImageSource | LatentSource:
     """The data set, found to have labels that the model knows."""
-    source: ImageSource = construct(data, "data")
+    source: ImageSource | LatentSource = construct(data, "data")
     known, given = model.num_classes, source.num_classes
     if known is not None and (given is None or given > known):
         has = "no class labels" if given is None else f"{given} classes"
@@ -265,7 +265,7 @@ def check_objective(model: nn.Module, objective: Objective) -> None:
 
 def build_trainer(
     system: System,
-    source: ImageSource,
+    source: ImageSource | LatentSource,
     run: RunDirectory,
     stop: Callable[[], object],
     warn: Callable[[str], None],

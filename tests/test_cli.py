@@ -130,7 +130,11 @@ BAD_INPUT = [
     ((*DIGITS, "evaluation.k=400"), 2, "evaluation.k=400"),
     ((*DIGITS, "evaluation.every_images=-1000"), 2, "evaluation.every_images=-1000"),
     (("encode",), 2, "data.path, to: not set: add data.path=... to=..."),
-    (("encode", "data=digits", "to=a"), 2, "autoencoder: IdentityAutoencoder has nothing to encode"),
+    (
+        ("encode", "data=digits", "autoencoder=identity", "to=a"),
+        2,
+        "autoencoder: IdentityAutoencoder has nothing to encode",
+    ),
     (("encode", "data=digits", "to=a", "dtype=fp8"), 2, "dtype=fp8: choose fp16, fp32"),
     (("encode", "data=digits", "to=a", "shard_size=0"), 2, "shard_size=0: must be at least 1"),
     (("encode", "data=digits", "to=a", "batch_size=0"), 2, "batch_size=0: must be at least 1"),

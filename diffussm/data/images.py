@@ -25,13 +25,12 @@ from diffussm.runtime.seeding import make_generator
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-class ImageSource(Protocol):
-    """What everything else needs to know of a data set.
+class Source(Protocol):
+    """What everything else needs to know of a data set, be it of images or of their latents.
 
     `num_classes` is None and `class_names` empty without labels. `horizontal_flip` says whether a mirror image is
     as good as the original, `max_bad_fraction` what share of unreadable images to put up with. `fingerprint` tells
-    this data from other data wherever it lies, and `name_of` is an image's file or key. Items are (image CHW,
-    label), the label -1 without labels; one that cannot be read raises BadImage.
+    this data from other data wherever it lies, and `name_of` is an image's file or key.
     """
 
     horizontal_flip: bool
@@ -47,6 +46,11 @@ class ImageSource(Protocol):
     def fingerprint(self) -> Mapping[str, Any]: ...
     def name_of(self, index: int) -> str: ...
     def __len__(self) -> int: ...
+
+
+class ImageSource(Source, Protocol):
+    """Items are (image CHW, label), the label -1 without labels; one that cannot be read raises BadImage."""
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
 
 

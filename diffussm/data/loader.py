@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from diffussm.data.bad_files import BadFiles
-from diffussm.data.images import ImageSource
+from diffussm.data.images import ImageSource, Source
 from diffussm.data.workers import Workers, shared_empty
 from diffussm.runtime.errors import BadImage, ConfigError, note
 from diffussm.runtime.seeding import make_generator
@@ -36,7 +37,7 @@ class Batch:
         return Batch(*(None if t is None else change(t) for t in (self.images, self.labels, self.noise)))  # type: ignore[arg-type]
 
 
-class LatentSource(Protocol):
+class LatentSource(Source, Protocol):
     """A data set of latents: instead of items, whole batches of x_0."""
 
     @property
@@ -44,10 +45,10 @@ class LatentSource(Protocol):
     def latents(self, indices: Int[Tensor, "B"], flips: Bool[Tensor, "B"], noise: Tensor) -> Tensor: ...
     def labels(self, indices: Int[Tensor, "B"]) -> Tensor: ...
     def check_autoencoder(self, fingerprint: Mapping[str, Any]) -> None: ...
-    def check_spread(self) -> None: ...
+    def check_spread(self) -> float: ...
 
 
-def is_latent_set(source: object) -> TypeGuard[LatentSource]:
+def is_latent_set(source: Source) -> TypeIs[LatentSource]:
     """Whether a source gives latents rather than images."""
     return hasattr(source, "latents")
 
@@ -70,7 +71,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        source: ImageSource,
+        source: ImageSource | LatentSource,
         batch_size: int,
         seed: int,
         with_labels: bool,
@@ -171,6 +172,7 @@ class _Reader:
         """An item, None if it cannot be read."""
         if index in self.bad:
             return None
+        assert not is_latent_set(self.source)
         try:
             return self.source[index]
         except BadImage as bad:

@@ -21,7 +21,6 @@ from diffussm.data.latents import LatentSet
 
 TESTS = Path(__file__).resolve().parents[1]
 GROUPS = {
-    "data/photographs": "_target_: data.stand_ins.Photographs\npath: ???\nresolution: 32\nmax_bad_fraction: 0.1\n",
     "autoencoder/patches": "_target_: data.stand_ins.PatchProjection\nscale: 2.0\ndelay: 0.0\n",
 }
 OPTIONS = ("autoencoder=patches", "device=cpu", "batch_size=3", "shard_size=4", "num_workers=1")
@@ -42,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 
 def arguments(folder: Path, to: Path | str, *more: str) -> list[str]:
     configs = f"--config-dir={folder / 'configs'}"
-    images = ["data=photographs", f"data.path={folder / 'images'}"]
+    images = [f"data.path={folder / 'images'}", "data.resolution=32", "data.max_bad_fraction=0.1"]
     return ["encode", configs, *images, *OPTIONS, f"to={to}", *more]
 
 

@@ -8,9 +8,7 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from diffussm.data.images import ImageFolder
 from diffussm.data.latents import sample_posterior
-from diffussm.runtime.errors import BadImage, DataError
 
 
 class PatchProjection:
@@ -45,23 +43,6 @@ class PatchProjection:
 
     def to_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         return sample_posterior(self.encode(images), noise, self.scale, self.shift)
-
-
-class Photographs(ImageFolder):
-    """A folder of images that may hold some that are none."""
-
-    def __init__(self, path: str, resolution: int = 32, max_bad_fraction: float = 0.0) -> None:
-        super().__init__(path, resolution)
-        self.max_bad_fraction = max_bad_fraction
-
-    def name_of(self, index: int) -> str:
-        return self.files[index].relative_to(self.root).as_posix()
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            return super().__getitem__(index)
-        except DataError as error:
-            raise BadImage(self.name_of(index), str(error.__cause__)) from error
 
 
 def crop_photographs(folder: Path, count: int, side: int = 40) -> None:

@@ -9,20 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.stand_ins import PatchProjection, Photographs, crop_photographs, damage
+from data.stand_ins import PatchProjection, crop_photographs, damage
 from torch import Tensor
 
 from diffussm.data.encoding import Encoding
+from diffussm.data.images import ImageFolder
 from diffussm.data.latents import LatentSet, sample_posterior
 from diffussm.runtime.errors import DataError, RunDirectoryError, StorageError
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory) -> Photographs:
+def photographs(tmp_path_factory) -> ImageFolder:
     folder = tmp_path_factory.mktemp("photographs")
     crop_photographs(folder, 40)
     damage(folder)
-    return Photographs(str(folder), max_bad_fraction=0.1)
+    return ImageFolder(folder, 32, max_bad_fraction=0.1)
 
 
 def encode(source, autoencoder, path: Path, **options) -> LatentSet:
@@ -230,7 +231,7 @@ def test_latents_that_are_not_finite_are_refused_with_the_image_named(photograph
 
 
 def test_too_many_bad_images_stop_the_work_with_counts(photographs, tmp_path):
-    strict = Photographs(str(photographs.root), max_bad_fraction=0.05)
+    strict = ImageFolder(photographs.root, 32, max_bad_fraction=0.05)
     with pytest.raises(DataError, match=r"3 of 40 images cannot be read so far.*max_bad_fraction=0.05"):
         encode(strict, PatchProjection(), tmp_path / "set")
     listed = (tmp_path / "set" / "bad_files.jsonl").read_text()
@@ -242,7 +243,7 @@ def test_too_many_bad_images_stop_the_work_with_counts(photographs, tmp_path):
 def test_nothing_readable_is_no_set(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_text("no image")
-    source = Photographs(str(tmp_path / "images"), max_bad_fraction=1.0)
+    source = ImageFolder(tmp_path / "images", 32, max_bad_fraction=1.0)
     with pytest.raises(DataError, match="none of the 1 images can be read"):
         encode(source, PatchProjection(), tmp_path / "set")
     assert not (tmp_path / "set" / "manifest.json").exists()
@@ -280,7 +281,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(photographs, encode
 def test_another_request_is_refused_with_both_sides_named(photographs, encoded, options, says):
     before = {path: path.stat().st_mtime_ns for path in encoded.path.rglob("*")}
     options = dict(options)
-    source = Photographs(str(photographs.root), options.pop("resolution", 32), max_bad_fraction=0.1)
+    source = ImageFolder(photographs.root, options.pop("resolution", 32), max_bad_fraction=0.1)
     with pytest.raises(RunDirectoryError, match=says):
         encode(source, options.pop("autoencoder", PatchProjection()), encoded.path, **options)
     assert {path: path.stat().st_mtime_ns for path in encoded.path.rglob("*")} == before
