@@ -25,6 +25,7 @@ from diffussm.runtime.errors import DataError, OutOfMemoryError, UserError
 SLOTS = 2  # of each worker: one to fill while the other is read
 MAX_DEATHS = 5  # of one worker and its successors before the same step
 PARENT_CHECK_SECONDS = 5.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 # A thread pool does not survive the fork, but locks that its threads held do: workers use one thread each.
 _FORK = multiprocessing.get_context("fork")
@@ -103,7 +104,13 @@ class _Worker(Generic[Slot]):
         self._connection, theirs = _FORK.Pipe()
         arguments = (theirs, self._connection, os.getpid(), self.fill, self.slots)
         self._process = _FORK.Process(target=_serve, args=arguments, daemon=True, name="loader worker")
-        self._process.start()
+        # Ctrl-C, timeout and SLURM signal every process of a run: workers must outlast that, or the last save fails.
+        # They are blocked from before the fork, so that there is no moment at which one would end a worker.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def submit(self, step: int) -> None:
@@ -172,9 +179,6 @@ def _serve(
     connection: Connection, parents_end: Connection, parent: int, fill: Callable[[int, Any], Any], slots: Sequence
 ) -> None:
     """Work off what comes through the pipe, until the parent is gone."""
-    # Ctrl-C, timeout and SLURM signal every process of a run: workers must outlast that, or the last save fails.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     parents_end.close()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
