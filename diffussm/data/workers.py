@@ -104,8 +104,8 @@ class _Worker(Generic[Slot]):
         self._connection, theirs = _FORK.Pipe()
         arguments = (theirs, self._connection, os.getpid(), self.fill, self.slots)
         self._process = _FORK.Process(target=_serve, args=arguments, daemon=True, name="loader worker")
-        # Ctrl-C, timeout and SLURM signal every process of a run: workers must outlast that, or the last save fails.
-        # They are blocked from before the fork, so that there is no moment at which one would end a worker.
+        # Ctrl-C, timeout and SLURM signal every process of a run: workers must outlast that, or the last save
+        # fails. Blocked from before the fork on, for else there is a moment at which a signal ends a worker.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._process.start()
