@@ -259,7 +259,7 @@ def test_a_respaced_bound_tells_the_network_its_training_timesteps():
     assert told == short.timesteps.tolist()[::-1]
 
 
-@pytest.mark.parametrize("distance", [0.0, 0.5, 4.0, 6.5, 20.0])
+@pytest.mark.parametrize("distance", [0.0, 0.5, 4.0, 6.5, 20.0, 3000.0])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_small_likelihoods_are_exact_on_both_sides_of_the_mean(sign, distance):
     """In float32, to masses far below its smallest number, and with the gradients of a Gaussian's tail."""

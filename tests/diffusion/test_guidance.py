@@ -5,7 +5,7 @@ import torch
 
 from diffussm.diffusion.guidance import Autoguidance, Classifier, ClassifierFree, log_probability_gradient
 from diffussm.diffusion.process import predictor
-from diffussm.diffusion.samplers import ddim, ddpm
+from diffussm.diffusion.samplers import ddim, ddpm, shifted
 from diffussm.diffusion.schedule import linear_schedule
 
 SCHEDULE = linear_schedule()
@@ -140,6 +140,10 @@ def test_ddim_shifts_eps_by_the_gradient():
     alpha = SCHEDULE.alphas_cumprod[-1]
     eps = 0.1 * x - (1 - alpha).sqrt() * 2.0 * expected_gradient(x, y)
     assert torch.allclose(x_0, (x - (1 - alpha).sqrt() * eps) / alpha.sqrt())
+    t = torch.full((2,), len(SCHEDULE) - 1)
+    prediction = shifted(SCHEDULE, predict(x, t, y), t)
+    assert torch.allclose(prediction.eps, eps) and torch.allclose(prediction.x_0, x_0)
+    assert prediction.gradient is None  # it is not applied twice
 
 
 class NoNull(Labelled):
