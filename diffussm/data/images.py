@@ -17,7 +17,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from diffussm.data.decode import center_crop, decode
+from diffussm.data.decode import PREPROCESSING, center_crop, decode
 from diffussm.data.packed import PackedStrings
 from diffussm.runtime.errors import ConfigError, DataError
 from diffussm.runtime.seeding import make_generator
@@ -30,7 +30,8 @@ class ImageSource(Protocol):
 
     `num_classes` is None and `class_names` empty without labels. `horizontal_flip` says whether a mirror image is
     as good as the original, `max_bad_fraction` what share of unreadable images to put up with. `fingerprint` tells
-    this data from other data wherever it lies, and `name_of` is an image's file or key. Items are (image CHW,
+    this data from other data wherever it lies, `preprocessing` says in words how stored images become these;
+    `name_of` and `label` of an image read nothing of it. Items are (image CHW,
     label), the label -1 without labels; one that cannot be read raises BadImage.
     """
 
@@ -45,7 +46,10 @@ class ImageSource(Protocol):
     def image_shape(self) -> tuple[int, int, int]: ...
     @property
     def fingerprint(self) -> Mapping[str, Any]: ...
+    @property
+    def preprocessing(self) -> str: ...
     def name_of(self, index: int) -> str: ...
+    def label(self, index: int) -> int: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
 
@@ -101,6 +105,11 @@ class Photographs(ABC):
     def image_shape(self) -> tuple[int, int, int]:
         """RGB at the chosen resolution."""
         return (3, self.resolution, self.resolution)
+
+    @property
+    def preprocessing(self) -> str:
+        """What `decode` and `center_crop` do."""
+        return f"{PREPROCESSING} to {self.resolution}x{self.resolution}"
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = decode(self.content(index), self.name_of(index))
@@ -191,6 +200,7 @@ class Digits:
     image_shape = (1, 8, 8)
     horizontal_flip = False
     max_bad_fraction = 0.0
+    preprocessing = "value * 255 / 16 rounded"
 
     def __init__(self, split: Literal["train", "held_out"] = "train", split_seed: int = 0) -> None:
         if split not in ("train", "held_out"):
@@ -241,11 +251,15 @@ class Digits:
         """Its place in the split."""
         return f"{self.split} {index}"
 
+    def label(self, index: int) -> int:
+        """The digit."""
+        return int(self.labels[index])
+
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
+        return self.images[index], self.label(index)
 
 
 def _scan(root: Path) -> tuple[list[str], dict[str, list[str]]]:
