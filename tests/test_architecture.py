@@ -26,7 +26,7 @@ ALLOWED = {
     "build": {"compose", "config", "runtime", "models", "diffusion", "data", "training", "evaluation", "report"},
     "commands": {
         "build", "compose", "config", "runtime", "pipeline",
-        "models", "diffusion", "training", "evaluation", "report", "bench",
+        "data", "models", "diffusion", "training", "evaluation", "report", "bench",
     },
     "pipeline": {"models", "diffusion", "data"},
     "bench": {"build", "models", "data", "runtime"},
