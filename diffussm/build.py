@@ -29,6 +29,7 @@ from diffussm.diffusion.objective import Objective
 from diffussm.diffusion.samplers import Noise, Sampler, ddim, ddim_inversion
 from diffussm.diffusion.schedule import Schedule
 from diffussm.evaluation.evaluator import Evaluation
+from diffussm.evaluation.features import FeatureExtractor
 from diffussm.evaluation.generate import Generator
 from diffussm.evaluation.likelihood import ImageMeasure
 from diffussm.models import S4D, NoisyClassifier
@@ -372,13 +373,26 @@ def build_evaluation(config: DictConfig, image_shape: Sequence[int]) -> Evaluati
         inside = str(node.reference).removeprefix(PACKAGE_PREFIX)
         node.reference = str(Path(__file__).resolve().parent / inside)
     evaluation: Evaluation = construct(node, "evaluation")
-    wanted = evaluation.extractor.image_shape
-    if tuple(image_shape) != tuple(wanted):
-        raise ConfigError(
-            f"evaluation.extractor: measures images of shape {tuple(wanted)}, the data has {tuple(image_shape)}: "
-            "choose another evaluation, or evaluation=none"
-        )
+    _check_extractor(evaluation.extractor, image_shape, "another evaluation, or evaluation=none")
     return evaluation
+
+
+def build_extractor(evaluation: DictConfig, image_shape: Sequence[int]) -> FeatureExtractor:
+    """The network alone of an evaluation of images (C, H, W), which need not have a reference yet."""
+    if not evaluation:
+        raise ConfigError("evaluation=none: has no network to measure images with: choose an evaluation")
+    extractor: FeatureExtractor = construct(evaluation.extractor, "evaluation.extractor")
+    _check_extractor(extractor, image_shape, "another evaluation or other data")
+    return extractor
+
+
+def _check_extractor(extractor: FeatureExtractor, image_shape: Sequence[int], choice: str) -> None:
+    wanted = tuple(extractor.image_shape)
+    if tuple(image_shape) != wanted:
+        raise ConfigError(
+            f"evaluation.extractor: measures images of shape {wanted}, the data has {tuple(image_shape)}: "
+            f"choose {choice}"
+        )
 
 
 def choose_weights(checkpoint: Checkpoint, weights: str, key: str) -> str:

@@ -19,13 +19,15 @@ VERBS = {
     "encode": "turn images into latents once, for many trainings",
     "sample": "draw images from a checkpoint",
     "evaluate": "measure a checkpoint: FID, sFID, IS, precision, recall, bits per dimension",
+    "stats": "take the statistics of a data set that samples are compared with",
+    "inspect": "look at a data set: what is in it, what is wrong with it, how fast it is read",
     "import": "make a run directory from public DiT weights",
     "export": "write a checkpoint's weights for other programs",
     "complexity": "print parameters, multiply-accumulates, SSM work and activations of models",
     "schedules": "plot noise schedules and print them as a table",
     "bench": "measure speed and memory against textbook S4D, attention, DiT, diffusers and torchvision",
 }
-MODULES = {"import": "import_weights"}  # where the verb is no name for a module
+MODULES = {"import": "import_weights", "inspect": "inspect_data"}  # where the verb is no name for a module
 
 DESCRIPTIONS = {
     "train": """\
@@ -104,6 +106,33 @@ DESCRIPTIONS = {
           autoencoder.pretrained=DIR    where the run's autoencoder is now
           out=FILE                      default: results.json of the run
           trust_checkpoint=true         build what a checkpoint names from outside diffussm""",
+    "stats": """\
+        Take the reference statistics and images of a data set, as evaluations compare samples with, and write them
+        in the npz layout of ADM: mu, sigma, mu_s, sigma_s of all images, arr_0 of some.
+
+          data=NAME data.path=DIR data.resolution=256
+                                        the images; those that cannot be read are left out and listed
+          to=FILE.npz                   where they go; the unreadable ones beside it in FILE.bad_files.jsonl
+          evaluation=NAME               whose network measures the images
+          num_images=10000 seed=0       how many images go along, a random choice of this seed
+          batch_size=64 num_workers=4   images in one pass; processes that read them
+          device=cuda                   auto, cpu, cuda, cuda:1
+
+        `diffussm evaluate ... evaluation.reference=FILE.npz` compares samples with them.""",
+    "inspect": """\
+        Look at a data set and say what is in it, what is wrong with that and what to do: classes, sizes, files
+        that are no images, copies, grey among colour. And how fast the loader reads it.
+
+          data=NAME data.path=DIR data.resolution=256
+                                        the images, or data=latents
+          examined=1000                 images that are looked at, a random choice of this seed=0; null for all
+          autoencoder=NAME              also what it loses: PSNR, and a grid of originals and reconstructions
+          num_images=64                 pictures in the grids
+          seconds=3 batch_size=32 num_workers=4
+                                        how long and with what the loader is timed
+          device=cuda                   of the autoencoder: auto, cpu, cuda, cuda:1
+          out=DIR                       of inspect.json, bad_files.jsonl, samples.png, reconstructions.png;
+                                        default: a directory below inspect/""",
     "import": """\
         Make a run directory from the weights of a DiT, such as the public DiT-XL-2-256x256.pt; `sample`,
         `evaluate`, `export` and `train` take it as one of their own. The autoencoder is named, not needed yet.

@@ -159,6 +159,36 @@ class ExportConfig:
 
 
 @dataclass
+class StatsConfig:
+    """`diffussm stats`."""
+
+    to: str = free()  # the npz file
+    data: Any = free()
+    evaluation: Any = free()  # whose network measures the images
+    num_images: int = free(10_000)  # stored beside the statistics, which are those of all images
+    seed: int = free(0)  # of their choice
+    batch_size: int = free(64)  # images in one pass of the network
+    num_workers: int = free(4)  # processes that read images; 0 reads in the main process
+    device: str = free("auto")
+
+
+@dataclass
+class InspectConfig:
+    """`diffussm inspect`."""
+
+    data: Any = free()
+    autoencoder: Any = free()
+    out: str | None = free(None)  # null: inspect/<...>
+    examined: int | None = free(1000)  # images that are looked at; null: all
+    num_images: int = free(64)  # pictures in the grids
+    seed: int = free(0)  # of the choice of both
+    seconds: float = free(3.0)  # for which the loader is timed; 0: it is not
+    batch_size: int = free(32)
+    num_workers: int = free(4)  # processes that read images; 0 reads in the main process
+    device: str = free("auto")
+
+
+@dataclass
 class ComplexityConfig:
     """`diffussm complexity`."""
 
@@ -205,6 +235,8 @@ ROOTS = {
     "evaluate": EvaluateConfig,
     "import": ImportConfig,
     "export": ExportConfig,
+    "stats": StatsConfig,
+    "inspect": InspectConfig,
     "complexity": ComplexityConfig,
     "schedules": SchedulesConfig,
     "bench": BenchConfig,
@@ -235,10 +267,14 @@ def validate(config: DictConfig) -> None:
             raise ConfigError(f"{key}={value}: must be a finite number")
     if "trainer" in config:
         _validate_trainer(config)
-    if "seed" in config:
-        _require(config, "seed", config.seed >= 0, "must be at least 0")
+    for key, least in (("seed", 0), ("num_images", 1), ("batch_size", 1), ("num_workers", 0), ("examined", 1)):
+        given = config.get(key)
+        _require(config, key, given is None or given >= least, f"must be at least {least}")
+    if "name" in config:
         is_name = re.fullmatch(r"\w[\w.\-]{0,99}", config.name)
         _require(config, "name", is_name, "use at most 100 letters, digits and . _ -")
+    if "examined" in config:
+        _require(config, "seconds", config.seconds >= 0, "must be at least 0")
     if "layout" in config:
         _require_choice(config, "layout", ("pipeline", "official", "diffusers"))
     if "shard_size" in config:
@@ -259,8 +295,6 @@ def validate(config: DictConfig) -> None:
             _require(
                 config, "evaluation.every_images", config.evaluation.every_images, "must be at least 1, or null"
             )
-    if "num_images" in config:
-        _require(config, "num_images", config.num_images >= 1, "must be at least 1")
     if "metrics" in config:
         _validate_metrics(config)
     if config.get("sampler") and "_target_" not in config.sampler:
@@ -297,7 +331,7 @@ def _validate_bench(config: DictConfig) -> None:
         length > 0 and math.isqrt(length) ** 2 == length and length % 4 == 0 for length in config.lengths
     )
     _require(config, "lengths", are_grids, "needs squares of even numbers, such as 256, 1024, 4096")
-    for key in ("batch_size", "repetitions", "depth"):
+    for key in ("repetitions", "depth"):
         _require(config, key, config[key] >= 1, "must be at least 1")
     is_width = config.hidden_size > 0 and config.hidden_size % 64 == 0
     _require(config, "hidden_size", is_width, "must be a positive multiple of 64, the width of an attention head")

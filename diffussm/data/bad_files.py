@@ -1,7 +1,7 @@
 """The images of a data set that cannot be read: listed once each, and too many of them end the run."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from diffussm.runtime.errors import BadImage, DataError, StorageError, note
@@ -70,6 +70,11 @@ class BadFiles:
         )
 
 
+def listing(reasons: Mapping[str, str]) -> bytes:
+    """The content of a `bad_files.jsonl`."""
+    return "".join(_line(name, reason) for name, reason in reasons.items()).encode()
+
+
 def _read(path: Path) -> dict[str, str]:
     """The list; half a last line, which a crash has left, is dropped."""
     reasons, complete = {}, True
@@ -81,8 +86,7 @@ def _read(path: Path) -> dict[str, str]:
         except (ValueError, KeyError, TypeError):
             complete = False
     if not complete:
-        lines = [_line(name, reason) for name, reason in reasons.items()]
-        write_atomically(path, "".join(lines).encode())
+        write_atomically(path, listing(reasons))
     return reasons
 
 

@@ -1,6 +1,7 @@
 """From image files to RGB pixels, and from pixels to the square that models see: the same for every source."""
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from diffussm.runtime.errors import BadImage
 
+# Whoever changes what comes out of `decode` or `center_crop` changes these words too: they tell statistics apart.
+PREPROCESSING = "upright, 8 bits of RGB, transparency over white, ADM's centre crop"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # and no EPS: Pillow has programs run it
 MAX_PIXELS = 2**27  # half a gigabyte when decoded
 MIN_SIDE = 2
@@ -50,6 +53,23 @@ def decode(content: bytes | Path, name: str | None = None) -> Image.Image:
         raise BadImage(name or _default_name(content), _reason(content, error)) from error
 
 
+@dataclass(frozen=True)
+class Header:
+    """What an image file says of itself: its format and mode as Pillow names them, and its size upright."""
+
+    format: str
+    mode: str
+    width: int
+    height: int
+
+
+def read_header(content: bytes | Path) -> Header:
+    """The header of what `decode` can decode; no pixels are read."""
+    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
+        width, height = image.size[::-1] if _orientation(image) >= 5 else image.size
+        return Header(str(image.format), image.mode, width, height)
+
+
 def center_crop(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
     """ADM's crop: halve by box filter while twice the target fits, bicubic to it, cut out the centre."""
     while min(image.size) >= 2 * resolution:
@@ -70,11 +90,16 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF data says nothing about the picture, which is intact
-        return image
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+        return 1
+    return orientation if orientation in UPRIGHT else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -15,6 +15,7 @@ class Fake:
     """
 
     max_bad_fraction = 0.0
+    preprocessing = "none"
 
     def __init__(
         self,
@@ -50,10 +51,14 @@ class Fake:
         """Its number."""
         return str(index)
 
+    def label(self, index: int) -> int:
+        """The classes in turn; -1 without labels."""
+        return -1 if self.num_classes is None else range(self.num_images)[index] % self.num_classes
+
     def __len__(self) -> int:
         return self.num_images
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         index = range(self.num_images)[index]
         noise = np.random.default_rng(index).integers(256, size=self.image_shape, dtype=np.uint8)
-        return torch.from_numpy(noise), -1 if self.num_classes is None else index % self.num_classes
+        return torch.from_numpy(noise), self.label(index)

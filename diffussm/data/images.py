@@ -17,7 +17,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from diffussm.data.decode import center_crop, decode
+from diffussm.data.decode import PREPROCESSING, center_crop, decode
 from diffussm.data.packed import PackedStrings
 from diffussm.runtime.errors import ConfigError, DataError
 from diffussm.runtime.seeding import make_generator
@@ -49,8 +49,14 @@ class Source(Protocol):
 
 
 class ImageSource(Source, Protocol):
-    """Items are (image CHW, label), the label -1 without labels; one that cannot be read raises BadImage."""
+    """Items are (image CHW, label), the label -1 without labels; one that cannot be read raises BadImage.
 
+    `label` is an item's without reading it; `preprocessing` says in words how stored images become these.
+    """
+
+    @property
+    def preprocessing(self) -> str: ...
+    def label(self, index: int) -> int: ...
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
 
 
@@ -105,6 +111,11 @@ class Photographs(ABC):
     def image_shape(self) -> tuple[int, int, int]:
         """RGB at the chosen resolution."""
         return (3, self.resolution, self.resolution)
+
+    @property
+    def preprocessing(self) -> str:
+        """What `decode` and `center_crop` do."""
+        return f"{PREPROCESSING} to {self.resolution}x{self.resolution}"
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = decode(self.content(index), self.name_of(index))
@@ -195,6 +206,7 @@ class Digits:
     image_shape = (1, 8, 8)
     horizontal_flip = False
     max_bad_fraction = 0.0
+    preprocessing = "value * 255 / 16 rounded"
 
     def __init__(self, split: Literal["train", "held_out"] = "train", split_seed: int = 0) -> None:
         if split not in ("train", "held_out"):
@@ -245,11 +257,15 @@ class Digits:
         """Its place in the split."""
         return f"{self.split} {index}"
 
+    def label(self, index: int) -> int:
+        """The digit."""
+        return int(self.labels[index])
+
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
+        return self.images[index], self.label(index)
 
 
 def _scan(root: Path) -> tuple[list[str], dict[str, list[str]]]:

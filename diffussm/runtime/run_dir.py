@@ -30,13 +30,7 @@ class OwnedDirectory:
 
     def check(self) -> None:
         """Refuse, before anything is created, a path that cannot become such a directory."""
-        for part in (self.path, *self.path.parents):
-            if part.exists():
-                if not part.is_dir():
-                    raise self._error(f"{part} is a file: choose another {self.remedy}")
-                if not os.access(part, os.W_OK | os.X_OK):
-                    raise self._error(f"{part} is not writable: choose another {self.remedy}")
-                break
+        refuse_unwritable(self.path, f"{self.key}={self.path}", self.remedy)
         if (self.path / ".lock").exists():
             self._take_lock().close()
 
@@ -100,6 +94,17 @@ class RunDirectory(OwnedDirectory):
         """Record running, finished, preempted or failed, with facts such as images, exit_code, message."""
         record = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), **facts}
         write_json(self.path / "status.json", record)
+
+
+def refuse_unwritable(path: Path, setting: str, remedy: str) -> None:
+    """RunDirectoryError, which says `setting`, where no directory `path` is or could be made to write to."""
+    for part in (path, *path.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise RunDirectoryError(f"{setting}: {part} is a file: choose another {remedy}")
+            if not os.access(part, os.W_OK | os.X_OK):
+                raise RunDirectoryError(f"{setting}: {part} is not writable: choose another {remedy}")
+            break
 
 
 @contextlib.contextmanager

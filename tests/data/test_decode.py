@@ -13,7 +13,7 @@ from photographs import crop, encoded, photographs
 from PIL import Image, ImageOps
 
 from diffussm.data import decode as module
-from diffussm.data.decode import center_crop, decode
+from diffussm.data.decode import Header, center_crop, decode, read_header
 from diffussm.runtime.errors import BadImage
 
 PHOTOGRAPH = crop(0)
@@ -44,6 +44,15 @@ def test_exif_orientation_is_honoured(orientation):
     shown = decode(content)
     assert np.array_equal(shown, ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
     assert shown.size == (PHOTOGRAPH.size if orientation < 5 else PHOTOGRAPH.size[::-1])
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 9])
+def test_headers_tell_the_size_of_the_upright_picture(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(PHOTOGRAPH.convert("L"), "JPEG", exif=exif)
+    (tmp_path / "file").write_bytes(content)
+    assert read_header(content) == read_header(tmp_path / "file") == Header("JPEG", "L", *decode(content).size)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
