@@ -127,6 +127,8 @@ def _reason(content: bytes | Path, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         return f"damaged, or in none of the formats {', '.join(sorted(FORMATS))}" if size else "empty"
+    if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit, in more words
+        return f"more than {MAX_PIXELS:,} pixels"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error) or type(error).__name__).splitlines()[0][:100]
