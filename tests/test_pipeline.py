@@ -403,8 +403,8 @@ def test_guidance_of_the_run_is_read_in_one_place():
 
 def test_a_card_does_not_tell_where_a_companion_lies():
     guidance = {"_target_": "diffussm.diffusion.guidance.Classifier", "scale": 2.0}
-    configured = _describe({**guidance, "checkpoint": "/home/me/runs/classifier"})
-    measured = _describe({**guidance, "checkpoint": {"path": "/home/me/x", "sha256": "abc"}})
+    configured = _describe({**guidance, "checkpoint": "somewhere/classifier"})
+    measured = _describe({**guidance, "checkpoint": {"path": "somewhere/else", "sha256": "abc"}})
     assert configured == "Classifier (scale=2.0, checkpoint=another run)"
     assert measured == "Classifier (scale=2.0, checkpoint=SHA-256 abc)"
 

@@ -18,7 +18,7 @@ from diffussm.compose import compose
 from diffussm.data.bad_files import BadFiles
 from diffussm.data.images import ImageSource
 from diffussm.data.loader import is_latent_set
-from diffussm.data.reading import read_images
+from diffussm.data.reading import in_batches, read_images
 from diffussm.evaluation.reference import measure_reference, read_request, save_reference
 from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import BadImage, ConfigError, RunDirectoryError
@@ -117,7 +117,7 @@ def _batches(
 
     def read(indices: Tensor) -> Iterator[Tensor]:
         numbers = indices.tolist()
-        for batch in read_images(source, numbers, config.batch_size, config.num_workers, tell):
+        for batch in read_images(source, in_batches(numbers, config.batch_size), config.num_workers, tell):
             yield batch.images
 
     order = torch.randperm(len(source), generator=make_generator(config.seed, "reference images"))

@@ -6,19 +6,17 @@ byte, however it came about. A shard is finished when its record, shards/00000k.
 after the moments, and each of both appears whole or not at all.
 """
 
+import contextlib
 import hashlib
 import io
 import json
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from diffussm.data.images import ImageSource
 from diffussm.data.latents import (
@@ -34,11 +32,11 @@ from diffussm.data.latents import (
     hash_stream,
     shard_name,
 )
+from diffussm.data.reading import Images, in_batches, read_images
 from diffussm.runtime.distributed import Processes
 from diffussm.runtime.errors import (
     BadImage,
     DataError,
-    OutOfMemoryError,
     Preempted,
     RunDirectoryError,
     StorageError,
@@ -192,33 +190,22 @@ class Encoding:
     def _encode(self, shards: Sequence[int]) -> None:
         if not shards:
             return
-        loader = DataLoader(
-            _Images(self.source),
-            batch_sampler=[list(indices) for shard in shards for indices in self._batches(shard)],
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_outlast_signals,
-            generator=torch.Generator(),  # not the global one, which is the caller's
-        )
         num_threads = torch.get_num_threads()
         if self.device.type == "cpu":
             # Sums are split between threads, and rounded so: with any other number the bits would differ.
             torch.set_num_threads(1)
         try:
-            read = iter(loader)
-            for shard in shards:
-                self._encode_shard(shard, read)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise OutOfMemoryError(
-                "a process that reads images was killed, as happens when memory runs out: lower num_workers, and "
-                "run it again; finished shards are kept"
-            ) from error
+            bad: list[BadImage] = []
+            batches = [indices for shard in shards for indices in self._batches(shard)]
+            with contextlib.closing(read_images(self.source, batches, self.num_workers, bad.extend)) as read:
+                for shard in shards:
+                    self._encode_shard(shard, read, bad)
+                    bad.clear()
         finally:
             torch.set_num_threads(num_threads)
 
-    def _encode_shard(self, shard: int, read: "Iterator[_Read | DataError]") -> None:
+    def _encode_shard(self, shard: int, read: Iterator[Images], met: list[BadImage]) -> None:
+        """Encode what is read next; `met` are the bad images of this shard among what has been read."""
         labels: list[int] = []
         bad: list[dict[str, str]] = []
         total = total_of_squares = 0.0
@@ -227,10 +214,9 @@ class Encoding:
             for indices in self._batches(shard):
                 self._check_stop()
                 batch = next(read)
-                if isinstance(batch, DataError):
-                    raise batch
-                bad += batch.bad
-                self._count_bad(batch.bad, bad)
+                new = [{"file": error.name, "reason": error.reason} for error in met[len(bad) :]]
+                bad += new
+                self._count_bad(new, bad)
                 if batch.indices:
                     moments = self._moments(batch)
                     file.write(moments.data)
@@ -269,10 +255,9 @@ class Encoding:
         return stream.getvalue()
 
     @torch.no_grad()
-    def _moments(self, batch: "_Read") -> np.ndarray:
+    def _moments(self, batch: Images) -> np.ndarray:
         """(n, 2, K, h, w) as they are stored. DataError names the first image whose are not finite."""
-        assert batch.images is not None
-        images = torch.from_numpy(batch.images).to(self.device)
+        images = batch.images.to(self.device)
         passes = [self.autoencoder.encode(pixels).float().cpu() for pixels in (images, images.flip(-1))]
         moments = torch.stack(passes, dim=1)
         channels = self.row_shape[0]
@@ -333,9 +318,8 @@ class Encoding:
         write_json(self.path / MANIFEST, manifest)
         sync_directory(self.path)
 
-    def _batches(self, shard: int) -> Iterator[range]:
-        whole = self._range(shard)
-        return (whole[start : start + self.batch_size] for start in range(0, len(whole), self.batch_size))
+    def _batches(self, shard: int) -> list[Sequence[int]]:
+        return in_batches(self._range(shard), self.batch_size)
 
     def _range(self, shard: int) -> range:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.source)))
@@ -390,56 +374,3 @@ class Encoding:
     def _poll(self) -> None:
         self._show()
         self._check_stop()
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A batch of images: those that can be read, with their indices and labels, and what is wrong with others."""
-
-    images: np.ndarray | None  # an array goes through a pipe; a tensor would go through /dev/shm, often small
-    indices: list[int]
-    labels: list[int]
-    bad: list[dict[str, str]]
-
-
-class _Images(Dataset):
-    """Batches of a source; what ends the run comes back as an error, not as a worker's traceback."""
-
-    def __init__(self, source: ImageSource) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitems__(self, indices: Sequence[int]) -> _Read | DataError:
-        images, kept, labels, bad = [], [], [], []
-        for index in indices:
-            try:
-                image, label = self.source[index]
-            except BadImage as error:
-                bad.append({"file": error.name, "reason": error.reason})
-            except DataError as error:
-                return error
-            except OSError as error:
-                return DataError(
-                    f"{self.source.name_of(index)}: {error.strerror or error}: mend it, and run it again"
-                )
-            else:
-                images.append(image)
-                kept.append(index)
-                labels.append(int(label))
-        return _Read(torch.stack(images).numpy() if images else None, kept, labels, bad)
-
-
-def _as_it_is(read: Any) -> Any:
-    return read
-
-
-def _outlast_signals(worker: int) -> None:
-    """Signals often go to all processes of a job: the main one decides what becomes of its workers.
-
-    A second SIGTERM, which is how it ends a worker that hangs, takes effect.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffussm.data.decode import read_header
 from diffussm.data.images import ImageSource
 from diffussm.data.loader import is_latent_set
-from diffussm.data.reading import read_images
+from diffussm.data.reading import in_batches, read_images
 from diffussm.runtime.errors import BadImage, note
 from diffussm.runtime.seeding import make_generator
 
@@ -217,7 +217,7 @@ def examine(
         if bad:
             advance(len(bad))
 
-    for batch in read_images(source, indices, batch_size, num_workers, tell, warn):
+    for batch in read_images(source, in_batches(indices, batch_size), num_workers, tell, warn):
         for index, image in zip(batch.indices, batch.images, strict=True):
             _look(found, source, index, image, seen)
         found.num_examined += len(batch.indices)

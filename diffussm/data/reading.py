@@ -1,6 +1,6 @@
 """A data set read once, in a given order, by any number of processes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,26 +22,28 @@ class Images(NamedTuple):
 
 def read_images(
     source: ImageSource,
-    indices: Sequence[int],
-    batch_size: int,
+    batches: Sequence[Sequence[int]],
     num_workers: int,
     tell: Callable[[list[BadImage]], object],
     warn: Callable[[str], None] = note,
-) -> Iterator[Images]:
-    """The images of these indices in their order, at most `batch_size` at a time, but for those that are bad.
+) -> Generator[Images, None, None]:
+    """The images of these indices in their order, batch by batch, but for those that are bad.
 
     Args:
+        batches: indices, as `in_batches` makes them.
         num_workers: processes that read and decode; 0 reads in this one.
         tell: is told of the images that cannot be read, such as `BadFiles.add`.
         warn: is told of workers that had to be replaced.
     """
-    num_batches = -(-len(indices) // batch_size)
+    size = max(map(len, batches), default=0)
+    if size == 0:
+        return
 
     def fill(step: int, images: Tensor) -> tuple[list[int], list[int], list[BadImage]]:
         kept: list[int] = []
         labels: list[int] = []
         bad: list[BadImage] = []
-        for index in indices[step * batch_size : (step + 1) * batch_size]:  # none of a step behind the last
+        for index in batches[step] if step < len(batches) else ():
             try:
                 image, label = source[index]
             except BadImage as error:
@@ -59,13 +61,18 @@ def read_images(
         return Images(kept, labels, images[: len(kept)].clone())
 
     def empty(make: Callable[..., Any]) -> Tensor:
-        return make((batch_size, *source.image_shape), dtype=torch.uint8)
+        return make((size, *source.image_shape), dtype=torch.uint8)
 
     if num_workers == 0:
         slot = empty(torch.empty)
-        for step in range(num_batches):
+        for step in range(len(batches)):
             yield read(slot, fill(step, slot))
         return
     with Workers(fill, lambda: empty(shared_empty), num_workers, 0, warn) as workers:
-        for _ in range(num_batches):
+        for _ in batches:
             yield workers.take(read)
+
+
+def in_batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """These indices, `batch_size` at a time."""
+    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]

@@ -151,9 +151,9 @@ class _Worker(Generic[Slot]):
             raise (OutOfMemoryError if is_kill else DataError)(
                 f"a loader worker {how} {self._deaths} times on end before the batch of step {step} was ready: "
                 + (
-                    "memory has probably run out: lower trainer.num_workers"
+                    "memory has probably run out: lower num_workers"
                     if is_kill
-                    else "set trainer.num_workers=0 to see what it fails at, which may be a damaged file"
+                    else "set num_workers=0 to see what it fails at, which may be a damaged file"
                 )
             )
         self.warn(f"a loader worker {how} before step {step}: another takes its place, nothing is lost")

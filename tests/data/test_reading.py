@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffussm.data.images import Digits
-from diffussm.data.reading import read_images
+from diffussm.data.reading import in_batches, read_images
 from diffussm.runtime.errors import BadImage
 
 
@@ -22,7 +22,7 @@ class Some(Digits):
 def test_images_come_in_the_order_that_is_asked_for(num_workers, length):
     source, bad = Some(), []
     indices = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:length].tolist()
-    batches = list(read_images(source, indices, 4, num_workers, bad.extend))
+    batches = list(read_images(source, in_batches(indices, 4), num_workers, bad.extend))
     assert [index for batch in batches for index in batch.indices] == [i for i in indices if i % 5 != 1]
     assert [one.name for one in bad] == [f"digit {i}" for i in indices if i % 5 == 1]
     for batch in batches:
@@ -36,4 +36,4 @@ def test_too_many_bad_ones_end_it_where_they_are_told_of():
             raise bad[0]
 
     with pytest.raises(BadImage, match="digit 1"):
-        list(read_images(Some(), range(20), 4, 2, refuse))
+        list(read_images(Some(), in_batches(range(20), 4), 2, refuse))
