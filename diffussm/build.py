@@ -21,7 +21,7 @@ from diffussm.compose import compose_group
 from diffussm.config import leaves, nearest
 from diffussm.data.autoencoder import Autoencoder, IdentityAutoencoder
 from diffussm.data.images import ImageSource
-from diffussm.data.loader import BatchLoader
+from diffussm.data.loader import BatchLoader, LatentSource, is_latent_set
 from diffussm.diffusion.classification import ClassifierObjective
 from diffussm.diffusion.guidance import Guidance, Guided
 from diffussm.diffusion.likelihood import variational_bound
@@ -29,6 +29,7 @@ from diffussm.diffusion.objective import Objective
 from diffussm.diffusion.samplers import Noise, Sampler, ddim, ddim_inversion
 from diffussm.diffusion.schedule import Schedule
 from diffussm.evaluation.evaluator import Evaluation
+from diffussm.evaluation.features import FeatureExtractor
 from diffussm.evaluation.generate import Generator
 from diffussm.evaluation.likelihood import ImageMeasure
 from diffussm.models import S4D, NoisyClassifier
@@ -40,7 +41,7 @@ from diffussm.runtime.seeding import derive_seed
 from diffussm.training.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from diffussm.training.logging import MetricsLog
 from diffussm.training.precision import Precision
-from diffussm.training.trainer import Periodic, Trainer
+from diffussm.training.trainer import Batches, Periodic, Trainer
 
 PACKAGE_PREFIX = "diffussm:"  # marks a path inside the installed package
 MAX_GRID_ROWS = GRID_COLUMNS = 10
@@ -54,15 +55,28 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     return construct(compose_group("model", name, overrides), "model")
 
 
-def build_source(data: DictConfig, model: DictConfig) -> ImageSource:
+def build_source(data: DictConfig, model: DictConfig) -> ImageSource | LatentSource:
     """The data set, found to have labels that the model knows."""
-    source: ImageSource = construct(data, "data")
+    source: ImageSource | LatentSource = construct(data, "data")
     known, given = model.num_classes, source.num_classes
     if known is not None and (given is None or given > known):
         has = "no class labels" if given is None else f"{given} classes"
         fix = "null" if given is None else given
         raise ConfigError(f"model.num_classes={known}: the data has {has}: set it to {fix}")
     return source
+
+
+class EncodedBatches:
+    """Batches whose fingerprint names also the autoencoder that makes latents of them."""
+
+    def __init__(self, batches: Batches, autoencoder: Mapping[str, Any]) -> None:
+        self.batches, self.autoencoder = batches, autoencoder
+        self.starting_at = batches.starting_at
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Of the data and the autoencoder."""
+        return {**self.batches.fingerprint, "autoencoder": dict(self.autoencoder)}
 
 
 class System:
@@ -73,7 +87,8 @@ class System:
 
     def __init__(self, config: DictConfig, image_shape: Sequence[int], device: torch.device) -> None:
         self.config, self.image_shape, self.device = config, tuple(image_shape), device
-        self.autoencoder: Autoencoder = construct(config.autoencoder, "autoencoder")
+        autoencoder: Autoencoder = construct(config.autoencoder, "autoencoder")
+        self.autoencoder = autoencoder.to(device)
         process = construct(config.diffusion, "diffusion").to(device)
         channels, height, width = image_shape
         self.latent_shape = self.autoencoder.latent_shape((channels, height, width))
@@ -186,17 +201,34 @@ class System:
         assert isinstance(theirs, DictConfig)
         refuse_foreign_code(theirs, str(checkpoint.path))
         ours = self.config
-        for key in ("autoencoder", "diffusion", "objective.prediction"):
+        for key in ("autoencoder._target_", "diffusion", "objective.prediction"):
             mine, other = OmegaConf.select(ours, key), OmegaConf.select(theirs, key)
             if other is not None and mine != other:
                 raise ConfigError(
                     f"guidance.checkpoint={path}: was trained with another {key} ({_difference(mine, other)}): "
                     f"choose a checkpoint that shares it"
                 )
+        encoded = recorded_autoencoder(checkpoint)
+        if encoded is not None and encoded != self.autoencoder.fingerprint:
+            raise ConfigError(
+                f"guidance.checkpoint={path}: was trained with {describe_fingerprint(encoded)}, not "
+                f"{describe_fingerprint(self.autoencoder.fingerprint)}"
+            )
         check_latents(theirs.model, self.latent_shape)
         network = construct(theirs.model, "model").to(self.device)
         load_weights(checkpoint, network, weights, "guidance.weights")
         return network
+
+
+def recorded_autoencoder(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """The fingerprint of what a checkpoint's latents came from; None if it does not tell, as of pixels."""
+    return checkpoint.document("train_state")["data"].get("autoencoder")
+
+
+def describe_fingerprint(fingerprint: Mapping[str, Any]) -> str:
+    """An autoencoder in a few words."""
+    rest = {key: str(value)[:12] for key, value in fingerprint.items() if key != "kind"}
+    return " ".join([fingerprint["kind"], *(f"{key}={value}" for key, value in rest.items())])
 
 
 def check_latents(model: DictConfig, latent_shape: tuple[int, int, int]) -> None:
@@ -234,31 +266,44 @@ def check_objective(model: nn.Module, objective: Objective) -> None:
 
 def build_trainer(
     system: System,
-    source: ImageSource,
+    source: ImageSource | LatentSource,
     run: RunDirectory,
     stop: Callable[[], object],
     warn: Callable[[str], None],
 ) -> Trainer:
     """Everything that `diffussm train` runs, nothing of it started."""
-    config = system.config
+    config, autoencoder = system.config, system.autoencoder
+    if is_latent_set(source):
+        source.check_autoencoder(autoencoder.fingerprint)
+        source.check_spread()
     settings = dict(config.trainer)
     sample_every_images = settings.pop("sample_every_images")
     precision = Precision(settings.pop("precision"), system.device)
     store = CheckpointStore(run.checkpoints, settings.pop("keep_checkpoints"), warn)
-    batches = BatchLoader(
+    batches: Batches = BatchLoader(
         source,
         config.trainer.batch_size,
         config.seed,
         with_labels=config.model.num_classes is not None,
         num_workers=settings.pop("num_workers"),
         pin_memory=system.device.type == "cuda",
+        noise_shape=system.latent_shape if autoencoder.is_stochastic else None,
+        bad_files=run.path / "bad_files.jsonl",
+        warn=warn,
     )
+
+    def to_latents(images: Tensor, noise: Tensor | None) -> Tensor:
+        """x_0, which a latent set gives as it is."""
+        return images if images.is_floating_point() else autoencoder.to_latents(images, noise)
+
+    if not isinstance(system.autoencoder, IdentityAutoencoder):
+        batches = EncodedBatches(batches, system.autoencoder.fingerprint)  # missing weights end it here
     settings["ema_decays"] = list(settings["ema_decays"])
     return Trainer(
         model=system.model,
         objective=system.objective,
         batches=batches,
-        to_latents=system.autoencoder.to_latents,
+        to_latents=to_latents,
         optimizer=construct(config.optimizer, "optimizer", named_parameters=system.model.named_parameters()),
         checkpoints=store,
         log=MetricsLog(run.path / "metrics.jsonl"),
@@ -328,13 +373,26 @@ def build_evaluation(config: DictConfig, image_shape: Sequence[int]) -> Evaluati
         inside = str(node.reference).removeprefix(PACKAGE_PREFIX)
         node.reference = str(Path(__file__).resolve().parent / inside)
     evaluation: Evaluation = construct(node, "evaluation")
-    wanted = evaluation.extractor.image_shape
-    if tuple(image_shape) != tuple(wanted):
-        raise ConfigError(
-            f"evaluation.extractor: measures images of shape {tuple(wanted)}, the data has {tuple(image_shape)}: "
-            "choose another evaluation, or evaluation=none"
-        )
+    _check_extractor(evaluation.extractor, image_shape, "another evaluation, or evaluation=none")
     return evaluation
+
+
+def build_extractor(evaluation: DictConfig, image_shape: Sequence[int]) -> FeatureExtractor:
+    """The network alone of an evaluation of images (C, H, W), which need not have a reference yet."""
+    if not evaluation:
+        raise ConfigError("evaluation=none: has no network to measure images with: choose an evaluation")
+    extractor: FeatureExtractor = construct(evaluation.extractor, "evaluation.extractor")
+    _check_extractor(extractor, image_shape, "another evaluation or other data")
+    return extractor
+
+
+def _check_extractor(extractor: FeatureExtractor, image_shape: Sequence[int], choice: str) -> None:
+    wanted = tuple(extractor.image_shape)
+    if tuple(image_shape) != wanted:
+        raise ConfigError(
+            f"evaluation.extractor: measures images of shape {wanted}, the data has {tuple(image_shape)}: "
+            f"choose {choice}"
+        )
 
 
 def choose_weights(checkpoint: Checkpoint, weights: str, key: str) -> str:

@@ -16,15 +16,18 @@ from diffussm.runtime.errors import OutOfMemoryError, StorageError, UserError
 
 VERBS = {
     "train": "train a model; the same command continues an interrupted run",
+    "encode": "turn images into latents once, for many trainings",
     "sample": "draw images from a checkpoint",
     "evaluate": "measure a checkpoint: FID, sFID, IS, precision, recall, bits per dimension",
+    "stats": "take the statistics of a data set that samples are compared with",
+    "inspect": "look at a data set: what is in it, what is wrong with it, how fast it is read",
     "import": "make a run directory from public DiT weights",
     "export": "write a checkpoint's weights for other programs",
     "complexity": "print parameters, multiply-accumulates, SSM work and activations of models",
     "schedules": "plot noise schedules and print them as a table",
-    "bench": "measure speed and memory against textbook S4D, attention, DiT and diffusers",
+    "bench": "measure speed and memory against textbook S4D, attention, DiT, diffusers and torchvision",
 }
-MODULES = {"import": "import_weights"}  # where the verb is no name for a module
+MODULES = {"import": "import_weights", "inspect": "inspect_data"}  # where the verb is no name for a module
 
 DESCRIPTIONS = {
     "train": """\
@@ -33,6 +36,7 @@ DESCRIPTIONS = {
           experiment=NAME               a complete recipe; what follows changes it
           name=NAME                     the run; its directory is runs/NAME (run_dir=DIR for another)
           model= data= optimizer=       choose between the options listed below
+          autoencoder=sd_vae_ft_ema     diffuse its latents; autoencoder.pretrained=DIR where it is not on the hub
           objective=flow sampler=flow_heun
                                         rectified flow instead of diffusion
           objective.prediction=v        eps, x_0 or v; diffusion.zero_terminal_snr=true needs one of the last two
@@ -47,6 +51,24 @@ DESCRIPTIONS = {
         The run directory is a function of the configuration, so the same command again continues where the
         newest valid checkpoint left off, bit for bit. Exit codes: 0 done, 2 configuration, 65 data,
         70 diverged, 71 out of memory, 73 run directory, 74 I/O, 75 stopped by a signal (run it again).""",
+    "encode": """\
+        Encode a data set: the moments of the posterior of every image and its mirror image, which
+        `diffussm train data=latents data.path=DIR` samples anew in every step. Run again, the same command
+        continues where it was stopped or killed.
+
+          data=image_folder data.path=DIR data.resolution=256
+                                        the images; those that cannot be read are listed in bad_files.jsonl
+          data.max_bad_fraction=0.01    how many of them may be unreadable
+          autoencoder=NAME              what encodes them
+          to=DIR                        where the latent set goes
+          batch_size=32 num_workers=4   images in one pass; processes that read them
+          dtype=fp16                    of what is stored, fp16 or fp32
+          shard_size=4096               images in one file
+          device=cuda                   auto, cpu, cuda, cuda:1
+
+        Several GPUs, or the cores of a CPU, share the work under torchrun; the result is the same, byte for byte:
+
+          torchrun --nproc_per_node=8 -m diffussm encode ...""",
     "sample": """\
         Draw images from a checkpoint and save them with a grid (rows = classes).
 
@@ -60,6 +82,7 @@ DESCRIPTIONS = {
                                         by a classifier (experiment=digits_classifier trains one)
           guidance=autoguidance guidance.checkpoint=PATH
                                         by a weaker model of the same data
+          autoencoder.pretrained=DIR    where the run's autoencoder is now
           out=DIR                       default: a directory under samples/ of the run
           trust_checkpoint=true         build what a checkpoint names from outside diffussm
 
@@ -80,19 +103,48 @@ DESCRIPTIONS = {
           data.split=held_out likelihood_images=100
                                         on which images, and how many (drawn by sampling.seed); default: all
                                         of the run's data
+          autoencoder.pretrained=DIR    where the run's autoencoder is now
           out=FILE                      default: results.json of the run
           trust_checkpoint=true         build what a checkpoint names from outside diffussm""",
+    "stats": """\
+        Take the reference statistics and images of a data set, as evaluations compare samples with, and write them
+        in the npz layout of ADM: mu, sigma, mu_s, sigma_s of all images, arr_0 of some.
+
+          data=NAME data.path=DIR data.resolution=256
+                                        the images; those that cannot be read are left out and listed
+          to=FILE.npz                   where they go; the unreadable ones beside it in FILE.bad_files.jsonl
+          evaluation=NAME               whose network measures the images
+          num_images=10000 seed=0       how many images go along, a random choice of this seed
+          batch_size=64 num_workers=4   images in one pass; processes that read them
+          device=cuda                   auto, cpu, cuda, cuda:1
+
+        `diffussm evaluate ... evaluation.reference=FILE.npz` compares samples with them.""",
+    "inspect": """\
+        Look at a data set and say what is in it, what is wrong with that and what to do: classes, sizes, files
+        that are no images, copies, grey among colour. And how fast the loader reads it.
+
+          data=NAME data.path=DIR data.resolution=256
+                                        the images, or data=latents
+          examined=1000                 images that are looked at, a random choice of this seed=0; null for all
+          autoencoder=NAME              also what it loses: PSNR, and a grid of originals and reconstructions
+          num_images=64                 pictures in the grids
+          seconds=3 batch_size=32 num_workers=4
+                                        how long and with what the loader is timed
+          device=cuda                   of the autoencoder: auto, cpu, cuda, cuda:1
+          out=DIR                       of inspect.json, bad_files.jsonl, samples.png, reconstructions.png;
+                                        default: a directory below inspect/""",
     "import": """\
         Make a run directory from the weights of a DiT, such as the public DiT-XL-2-256x256.pt; `sample`,
-        `evaluate`, `export` and `train` take it as one of their own (latents of 4 channels need an autoencoder
-        before they can be drawn).
+        `evaluate`, `export` and `train` take it as one of their own. The autoencoder is named, not needed yet.
 
           FILE                          .pt, .pth or .safetensors with the official names or those of diffusers,
                                         or a directory that diffusers wrote; nothing in it is executed
           name=NAME run_dir=DIR         default: runs/<name of the file>
           model.num_heads=16            where the size is not a published one
           model.input_size=32           where the file does not tell the size of the latents
-          autoencoder= image_shape=     what turns latents into images, and their shape [C, H, W]
+          autoencoder=sd_vae_ft_ema     what turns latents into images (this one for 4 channels, unless told)
+          autoencoder.pretrained=DIR    where it is; can be said later, to `sample` and the others
+          image_shape=[3,256,256]       default: what the autoencoder decodes to
 
         Everything else is a key of `diffussm train`, recorded for what comes next.""",
     "export": """\
@@ -100,7 +152,8 @@ DESCRIPTIONS = {
 
           checkpoint=PATH               a run directory (newest valid checkpoint) or one checkpoint
           layout=pipeline               the default: a directory with a model card that
-                                        diffussm.pipeline.DiffuSSMPipeline.from_pretrained loads, for diffusers
+                                        diffussm.pipeline.DiffuSSMPipeline.from_pretrained loads, for diffusers;
+                                        an autoencoder goes with it (autoencoder.pretrained=DIR: where it is now)
           layout=official               one file with the names of DiT's authors (of DiffuSSM: its own)
           layout=diffusers              a directory for DiTTransformer2DModel.from_pretrained; its outputs differ
                                         slightly, for its timestep sinusoid has other frequencies
@@ -127,7 +180,7 @@ DESCRIPTIONS = {
         Measure time and memory, forward and training step, in one process with alternating repetitions. Prints
         a Markdown table with goals; writes bench.json and bench.md, after every result.
 
-          suites=[layer,block]          of layer, convolution, block, model, dit, sampling, gemm, xl
+          suites=[layer,block]          of layer, convolution, block, model, dit, sampling, gemm, xl, data
           lengths=[256,1024,4096,16384] tokens
           batch_size=4 hidden_size=384 d_state=64 depth=13
           repetitions=9 seconds=10      at most, for every call

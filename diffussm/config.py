@@ -92,6 +92,20 @@ class TrainConfig:
 
 
 @dataclass
+class EncodeConfig:
+    """`diffussm encode`."""
+
+    to: str = free()  # the directory of the latent set
+    data: Any = free()
+    autoencoder: Any = free()
+    batch_size: int = free(32)  # images in one pass of the autoencoder
+    dtype: str = free("fp16")  # of the stored moments: fp16 or fp32
+    shard_size: int = free(4096)  # images of the source in one file
+    num_workers: int = free(4)  # processes that read images, for each one that encodes
+    device: str = free("auto")
+
+
+@dataclass
 class SampleConfig:
     """`diffussm sample`."""
 
@@ -101,6 +115,7 @@ class SampleConfig:
     device: str = free("auto")
     num_images: int = free(100)
     classes: list[int] | None = free(None)  # rows of the grid; null: all classes, at most 10
+    autoencoder: Any = free()  # the one that it was trained with, wherever that is now
     sampler: Any = free()
     guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
@@ -116,6 +131,7 @@ class EvaluateConfig:
     device: str = free("auto")
     metrics: list[str] | None = free(None)  # of METRICS; null: all that need samples only
     likelihood_images: int | None = free(None)  # how many images vlb and inversion see; null: all
+    autoencoder: Any = free()
     sampler: Any = free()
     guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
@@ -127,7 +143,7 @@ class EvaluateConfig:
 class ImportConfig(TrainConfig):
     """`diffussm import`: the configuration of a run that begins with the imported weights."""
 
-    image_shape: list[int] | None = free(None)  # (C, H, W) that the autoencoder decodes to; null: of the latents
+    image_shape: list[int] | None = free(None)  # (C, H, W); null: what the autoencoder decodes to
 
 
 @dataclass
@@ -138,7 +154,38 @@ class ExportConfig:
     trust_checkpoint: bool = free(False)  # build classes from outside diffussm that a checkpoint names
     layout: str = free("pipeline")  # pipeline, official or diffusers
     weights: str = free("ema")  # ema (the first average), ema_<decay>, or model
+    autoencoder: Any = free()  # of layout=pipeline
     to: str | None = free(None)  # null: export/<...> in the run directory
+
+
+@dataclass
+class StatsConfig:
+    """`diffussm stats`."""
+
+    to: str = free()  # the npz file
+    data: Any = free()
+    evaluation: Any = free()  # whose network measures the images
+    num_images: int = free(10_000)  # stored beside the statistics, which are those of all images
+    seed: int = free(0)  # of their choice
+    batch_size: int = free(64)  # images in one pass of the network
+    num_workers: int = free(4)  # processes that read images; 0 reads in the main process
+    device: str = free("auto")
+
+
+@dataclass
+class InspectConfig:
+    """`diffussm inspect`."""
+
+    data: Any = free()
+    autoencoder: Any = free()
+    out: str | None = free(None)  # null: inspect/<...>
+    examined: int | None = free(1000)  # images that are looked at; null: all
+    num_images: int = free(64)  # pictures in the grids
+    seed: int = free(0)  # of the choice of both
+    seconds: float = free(3.0)  # for which the loader is timed; 0: it is not
+    batch_size: int = free(32)
+    num_workers: int = free(4)  # processes that read images; 0 reads in the main process
+    device: str = free("auto")
 
 
 @dataclass
@@ -180,19 +227,27 @@ class BenchConfig:
 
 SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "class_agreement")
 METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
-BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl")
+BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data")
 ROOTS = {
     "train": TrainConfig,
+    "encode": EncodeConfig,
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
     "import": ImportConfig,
     "export": ExportConfig,
+    "stats": StatsConfig,
+    "inspect": InspectConfig,
     "complexity": ComplexityConfig,
     "schedules": SchedulesConfig,
     "bench": BenchConfig,
 }
-# Data may move (the names of its files are checked instead); checkpointing trades time for memory alone.
-FREE_WITHIN_GROUPS = ("data.path", "model.activation_checkpointing")
+# Data and autoencoders may move (their fingerprints are checked instead), and what stops a run does not change its
+# result; the others trade time for memory alone.
+FREE_WITHIN_GROUPS = (
+    *(f"data.{key}" for key in ("path", "max_bad_fraction", "check")),
+    *(f"autoencoder.{key}" for key in ("pretrained", "subfolder", "revision", "batch_size")),
+    "model.activation_checkpointing",
+)
 
 
 def register() -> None:
@@ -212,12 +267,20 @@ def validate(config: DictConfig) -> None:
             raise ConfigError(f"{key}={value}: must be a finite number")
     if "trainer" in config:
         _validate_trainer(config)
-    if "seed" in config:
-        _require(config, "seed", config.seed >= 0, "must be at least 0")
+    for key, least in (("seed", 0), ("num_images", 1), ("batch_size", 1), ("num_workers", 0), ("examined", 1)):
+        given = config.get(key)
+        _require(config, key, given is None or given >= least, f"must be at least {least}")
+    if "name" in config:
         is_name = re.fullmatch(r"\w[\w.\-]{0,99}", config.name)
         _require(config, "name", is_name, "use at most 100 letters, digits and . _ -")
+    if "examined" in config:
+        _require(config, "seconds", config.seconds >= 0, "must be at least 0")
     if "layout" in config:
         _require_choice(config, "layout", ("pipeline", "official", "diffusers"))
+    if "shard_size" in config:
+        _require_choice(config, "dtype", ("fp16", "fp32"))
+        for key, least in (("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
+            _require(config, key, config[key] >= least, f"must be at least {least}")
     if "sampling" in config:
         _validate_sampling(config)
     if "suites" in config:
@@ -232,13 +295,11 @@ def validate(config: DictConfig) -> None:
             _require(
                 config, "evaluation.every_images", config.evaluation.every_images, "must be at least 1, or null"
             )
-    if "num_images" in config:
-        _require(config, "num_images", config.num_images >= 1, "must be at least 1")
     if "metrics" in config:
         _validate_metrics(config)
     if config.get("sampler") and "_target_" not in config.sampler:
         config.sampler = {}  # sampler=none: what an experiment sets for its own sampler means nothing
-    if config.get("autoencoder") and config.sampler and config.sampler.get("clip_x_0") is True:
+    if config.get("autoencoder") and config.get("sampler") and config.sampler.get("clip_x_0") is True:
         in_pixels = config.autoencoder._target_.endswith("IdentityAutoencoder")
         _require(config, "sampler.clip_x_0", in_pixels, "latents are not bounded: set it to false")
 
@@ -270,7 +331,7 @@ def _validate_bench(config: DictConfig) -> None:
         length > 0 and math.isqrt(length) ** 2 == length and length % 4 == 0 for length in config.lengths
     )
     _require(config, "lengths", are_grids, "needs squares of even numbers, such as 256, 1024, 4096")
-    for key in ("batch_size", "repetitions", "depth"):
+    for key in ("repetitions", "depth"):
         _require(config, key, config[key] >= 1, "must be at least 1")
     is_width = config.hidden_size > 0 and config.hidden_size % 64 == 0
     _require(config, "hidden_size", is_width, "must be a positive multiple of 64, the width of an attention head")
@@ -340,7 +401,7 @@ def drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[str
 
 def may_change(key: str) -> bool:
     """Whether a dotted key of TrainConfig is free on resume."""
-    if key in FREE_WITHIN_GROUPS:
+    if key.partition("[")[0] in FREE_WITHIN_GROUPS:
         return True
     head, _, rest = key.partition(".")
     fields = {item.name: item for item in dataclasses.fields(TrainConfig)}

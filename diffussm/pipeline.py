@@ -29,13 +29,16 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from diffussm.data.autoencoder import IdentityAutoencoder
+from diffussm.data.autoencoder import DCAutoencoder, FrozenAutoencoder, IdentityAutoencoder, KLAutoencoder
 from diffussm.diffusion.flow import TIME_SCALE
 from diffussm.diffusion.guidance import classifier_free_guidance
 from diffussm.diffusion.process import split_prediction
 from diffussm.diffusion.schedule import Schedule
 from diffussm.models import DiffuSSM, DiT
 
+AUTOENCODERS: dict[str, type[FrozenAutoencoder]] = {
+    kind.class_name: kind for kind in (KLAutoencoder, DCAutoencoder)
+}
 PREDICTION_TYPES = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -77,18 +80,19 @@ COMPONENTS: dict[type[nn.Module], type[Component]] = {DiffuSSM: DiffuSSMModel, D
 
 
 class DiffuSSMPipeline(DiffusionPipeline):
-    """Images of a diffusion network in pixel space, by the scheduler of one's choice.
+    """Images of a diffusion network, of pixels or of latents, by the scheduler of one's choice.
 
     Args:
         transformer: the network, called as (x_t, t, y).
         scheduler: DDPMScheduler is given the learned variance if it asks for it (`learned_range`), every other
             one the prediction alone.
-        vae: none, for the network works on pixels.
+        vae: AutoencoderKL or AutoencoderDC, whose config tells scale and shift of the latents; None if the network
+            works on pixels.
         image_size: [height, width] of its images.
         flow: whether the network was trained by rectified flow, so that it needs a scheduler of that.
     """
 
-    model_cpu_offload_seq = "transformer"
+    model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]
 
     def __init__(
@@ -100,18 +104,20 @@ class DiffuSSMPipeline(DiffusionPipeline):
         flow: bool = False,
     ) -> None:
         super().__init__()
-        if vae is not None:
-            raise ValueError("vae: this pipeline works on pixels: leave it out")
+        if vae is not None and type(vae).__name__ not in AUTOENCODERS:
+            raise ValueError(f"vae: {type(vae).__name__} is none of {', '.join(AUTOENCODERS)}")
         if image_size is None or len(image_size) != 2:
             raise ValueError(f"image_size={image_size}: must be [height, width]")
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=None)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(image_size=list(image_size), flow=flow)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers; the network comes frozen, ready to sample."""
-        pipeline = super().from_pretrained(*args, **_built_whole(kwargs))
+        """As in diffusers, but never from pickles; the networks come frozen, ready to sample."""
+        pipeline = super().from_pretrained(*args, **_built_whole({"use_safetensors": True, **kwargs}))
         pipeline.transformer.requires_grad_(False)  # S4D layers then keep their spectra from step to step
+        if pipeline.vae is not None:
+            pipeline.vae.requires_grad_(False)
         return pipeline
 
     @classmethod
@@ -147,14 +153,15 @@ class DiffuSSMPipeline(DiffusionPipeline):
             latents: initial noise of standard normal numbers, instead of the generator's.
             num_images: of an unconditional network; by default 1.
             output_type: pil (quantised as `diffussm sample` does), np (B, H, W, C) or pt (B, C, H, W) in 0..1,
-                or latent: x_0 as it is.
+                or latent: x_0 as it is, scaled.
             return_dict: whether to return an object with `images`, or the tuple (images,).
         """
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type={output_type}: choose {', '.join(get_args(OutputType))}")
-        device, scheduler = self._execution_device, self.scheduler
+        device, scheduler = self._execution_device, _for_prediction_alone(self.scheduler)
         y, count = self._labels(class_labels, num_images)
-        shape = (count, self.transformer.in_channels, *self.config.image_size)
+        factor = 1 if self.vae is None else AUTOENCODERS[type(self.vae).__name__].read_factor(self.vae.config)
+        shape = (count, self.transformer.in_channels, *(side // factor for side in self.config.image_size))
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"generator: {len(generator)} generators for {count} images: give one each")
         if latents is not None and latents.shape != shape:
@@ -179,10 +186,10 @@ class DiffuSSMPipeline(DiffusionPipeline):
             if not _takes_variance(scheduler):
                 output, _ = split_prediction(output, x.shape[1])
             x = scheduler.step(output, t, x, **noise).prev_sample
-        self.maybe_free_model_hooks()
         if not x.isfinite().all():
             raise ValueError("the samples are not finite: load the network in fp32, or change the scheduler")
-        images = _decode(x, output_type)
+        images = x if output_type == "latent" else _in_format(self._decode(x), output_type)
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check_scheduler(self, num_steps: int) -> None:
@@ -217,6 +224,16 @@ class DiffuSSMPipeline(DiffusionPipeline):
         if len(labels) == 0 or labels.is_floating_point() or not ((labels >= 0) & (labels < num_classes)).all():
             raise ValueError(f"class_labels={class_labels}: each must lie in 0..{num_classes - 1}")
         return labels, len(labels)
+
+    def _decode(self, x_0: Float[Tensor, "B C h w"]) -> Float[Tensor, "B c H W"]:
+        """Images in about -1..1."""
+        if self.vae is None:
+            return x_0
+        config = self.vae.config
+        if self.vae.dtype == torch.float16 and config.get("force_upcast"):
+            self.vae.to(torch.float32)  # for it overflows
+        latents = x_0 / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
     def _denoiser(self, guidance_scale: float) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
         """The network, in its own precision, with guidance."""
@@ -281,13 +298,23 @@ def _takes_variance(scheduler: Any) -> bool:
     return isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type == "learned_range"
 
 
-def _decode(x_0: Float[Tensor, "B C H W"], output_type: OutputType) -> Any:
-    if output_type == "latent":
-        return x_0
+def _for_prediction_alone(scheduler: Any) -> Any:
+    """A scheduler that drops no latent channels: told of a learned variance, multistep solvers keep just three."""
+    told = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    if (
+        not told
+        or _takes_variance(scheduler)
+        or "variance_type" not in inspect.signature(type(scheduler)).parameters
+    ):
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, variance_type=None)
+
+
+def _in_format(images: Float[Tensor, "B C H W"], output_type: OutputType) -> Any:
     if output_type == "pil":
-        pixels = IdentityAutoencoder().to_pixels(x_0).cpu()
+        pixels = IdentityAutoencoder().to_pixels(images).cpu()
         return [Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()) for image in pixels]
-    images = (x_0 / 2 + 0.5).clamp(0, 1)
+    images = (images / 2 + 0.5).clamp(0, 1)
     return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -304,10 +331,14 @@ def _refuse_foreign_classes(config: dict[str, Any], pipeline: str) -> None:
     for name, value in config.items():
         if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
             continue
-        known = (
-            value[:1] == ["diffusers"] if name == "scheduler" else value in [[__name__, net] for net in networks]
-        )
+        if name == "scheduler":
+            known = value[:1] == ["diffusers"]
+        elif name == "vae":
+            known = value in [["diffusers", autoencoder] for autoencoder in AUTOENCODERS]
+        else:
+            known = value in [[__name__, network] for network in networks]
         if not known:
             raise ValueError(
-                f"{name}={value}: not built here: only {', '.join(networks)} and diffusers' schedulers"
+                f"{name}={value}: not built here: only {', '.join(networks)}, and schedulers, "
+                f"{' and '.join(AUTOENCODERS)} of diffusers"
             )

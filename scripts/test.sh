@@ -13,5 +13,5 @@ echo "== pytest"
 if [ $# -gt 0 ]; then
     "$python" -m pytest "$@"
 else
-    "$python" -m pytest --cov --cov-report=term-missing:skip-covered
+    "$python" -m pytest --numprocesses=2 --dist=loadfile --cov --cov-report=term-missing:skip-covered
 fi

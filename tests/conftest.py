@@ -10,12 +10,15 @@ import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # processes started by tests must not starve each other
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # nor tests that run side by side
 
 # Whatever these modules' signatures say about shapes holds while the tests run.
 SHAPED = (
     "models",
     "diffusion",
     "data.autoencoder",
+    "data.decode",
     "evaluation.features",
     "evaluation.metrics",
     "evaluation.statistics",

@@ -26,10 +26,10 @@ ALLOWED = {
     "build": {"compose", "config", "runtime", "models", "diffusion", "data", "training", "evaluation", "report"},
     "commands": {
         "build", "compose", "config", "runtime", "pipeline",
-        "models", "diffusion", "training", "evaluation", "report", "bench",
+        "models", "diffusion", "data", "training", "evaluation", "report", "bench",
     },
     "pipeline": {"models", "diffusion", "data"},
-    "bench": {"build", "models", "runtime"},
+    "bench": {"build", "models", "data", "runtime"},
     "cli": {"commands", "runtime"},
     "__main__": {"cli"},
     "__init__": {"build"},
@@ -64,12 +64,14 @@ ALLOWED_WITHIN = {
     "bench": {
         "timing": set(), "memory": set(), "baselines": set(),
         "workload": {"memory", "timing"},
-        "suites": {"baselines", "workload"},
+        "loading": {"timing", "workload"},
+        "suites": {"baselines", "loading", "workload"},
         "report": {"suites", "timing", "workload"},
         "__init__": set(),
     },
     "runtime": {
         "errors": set(), "allocator": set(), "seeding": set(), "signals": set(), "run_dir": {"errors"},
+        "distributed": {"errors"},
         "__init__": set(),
     },
 }  # fmt: skip

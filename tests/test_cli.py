@@ -69,7 +69,22 @@ BAD_INPUT = [
     ((*DIGITS_DIT, "model.conditioning=film"), 2, "model.conditioning=film: must be one of adaln_zero, adaln,"),
     ((*DIGITS, "+model.colour=red"), 2, "model.colour: no such key"),
     ((*DIGITS, "model._target_=nowhere.Model"), 2, "model._target_=nowhere.Model"),
-    ((*DIGITS, "data=imagenet"), 2, "data=imagenet: choose digits, image_folder"),
+    ((*DIGITS, "data=imagnet"), 2, "data=imagnet: choose digits, fake, huggingface, image_folder, imagenet, l"),
+    ((*DIGITS, "data=fake", "data.num_classes=0"), 2, "data.num_classes=0: must be at least 1, or null"),
+    ((*DIGITS, "data=fake"), 2, "model.num_classes=10: the data has 1000 classes: set it to 1000"),
+    (
+        (*DIGITS, "data=imagenet", "data.path=/", "data.split=test"),
+        2,
+        "data.split=test: must be one of train, val",
+    ),
+    ((*DIGITS, "data=imagenet", "data.path=/", "data.check=1"), 2, "data.check=1: must be true or false"),
+    (
+        (*DIGITS, "data=image_folder", "data.path=/", "data.max_bad_fraction=2"),
+        2,
+        "data.max_bad_fraction=2.0: must",
+    ),
+    ((*DIGITS, "data=lsun", "data.path=/does/not/exist"), 65, "data.path=/does/not/exist: no data.mdb there"),
+    ((*DIGITS, "data=lsun", "data.path=[]"), 2, "data.path=[]: needs at least one directory"),
     ((*DIGITS, "data.split=validation"), 2, "data.split=validation: must be one of train, held_out"),
     ((*DIGITS, "data=image_folder"), 2, "data.path"),
     (
@@ -114,9 +129,49 @@ BAD_INPUT = [
     ((*DIGITS, "evaluation.k=0"), 2, "evaluation.k=0"),
     ((*DIGITS, "evaluation.k=400"), 2, "evaluation.k=400"),
     ((*DIGITS, "evaluation.every_images=-1000"), 2, "evaluation.every_images=-1000"),
+    (("encode",), 2, "data.path, to: not set: add data.path=... to=..."),
+    (
+        ("encode", "data=digits", "autoencoder=identity", "to=a"),
+        2,
+        "autoencoder: IdentityAutoencoder has nothing to encode",
+    ),
+    (("encode", "data=digits", "to=a", "dtype=fp8"), 2, "dtype=fp8: choose fp16, fp32"),
+    (("encode", "data=digits", "to=a", "shard_size=0"), 2, "shard_size=0: must be at least 1"),
+    (("encode", "data=digits", "to=a", "batch_size=0"), 2, "batch_size=0: must be at least 1"),
+    (("encode", "data=digits", "to=a", "num_workers=-1"), 2, "num_workers=-1: must be at least 0"),
+    (("encode", "data=digits", "to=/dev/null"), 73, "to=/dev/null: /dev/null is a file"),
+    (("encode", "data=latents", "data.path=nowhere", "to=a"), 65, "data.path=nowhere: no latent set"),
     (("sample",), 2, "checkpoint: not set"),
     (("sample", "checkpoint=nowhere"), 73, "checkpoint=nowhere: no checkpoint there"),
     (("evaluate", "checkpoint=nowhere"), 73, "checkpoint=nowhere: no checkpoint there"),
+    (("stats",), 2, "data.path, to: not set: add data.path=... to=..."),
+    (("stats", "data=digits"), 2, "to: not set: add to=..."),
+    (("stats", "data=digits", "to=x"), 2, "to=x: must end in .npz"),
+    (
+        ("stats", "data=digits", "to=/dev/null/x.npz"),
+        73,
+        "to=/dev/null/x.npz: /dev/null is a file: choose another",
+    ),
+    (("stats", "data=digits", "to=x.npz", "num_images=0"), 2, "num_images=0: must be at least 1"),
+    (("stats", "data=digits", "to=x.npz", "batch_size=0"), 2, "batch_size=0: must be at least 1"),
+    (("stats", "data=digits", "to=x.npz", "num_workers=-1"), 2, "num_workers=-1: must be at least 0"),
+    (("stats", "data=digits", "to=x.npz", "seed=-1"), 2, "seed=-1: must be at least 0"),
+    (("stats", "data=digits", "to=x.npz", "device=gpu"), 2, "device=gpu: choose auto, cpu, cuda"),
+    (("stats", "data=digits", "to=x.npz", "evaluation=none"), 2, "evaluation=none: has no network"),
+    (("stats", "data=digits", "to=x.npz", "evaluation.k=5"), 2, "evaluation.k: decides nothing of a reference"),
+    (("stats", "data=digits", "to=x.npz", "+evaluation.extractor.weights=no"), 65, "evaluation weights no"),
+    (("stats", "data=fake", "to=x.npz"), 2, "evaluation.extractor: measures images of shape (1, 8, 8), the data"),
+    (("stats", "data.path=nowhere", "to=x.npz"), 65, "data.path=nowhere: no such directory"),
+    (("inspect",), 2, "data.path: not set: add data.path=..."),
+    (("inspect", "data.path=nowhere"), 65, "data.path=nowhere: no such directory"),
+    (("inspect", "data=digits", "examined=0"), 2, "examined=0: must be at least 1"),
+    (("inspect", "data=digits", "num_images=0"), 2, "num_images=0: must be at least 1"),
+    (("inspect", "data=digits", "seconds=-1"), 2, "seconds=-1.0: must be at least 0"),
+    (("inspect", "data=digits", "batch_size=0"), 2, "batch_size=0: must be at least 1"),
+    (("inspect", "data=digits", "num_workers=-1"), 2, "num_workers=-1: must be at least 0"),
+    (("inspect", "data=digits", "autoencoder=vae"), 2, "autoencoder=vae: choose "),
+    (("inspect", "data=digits", "out=/dev/null"), 73, "out=/dev/null: /dev/null is a file: choose another"),
+    (("inspect", "data=digits", "exmined=5"), 2, "exmined: no such key (did you mean examined?)"),
     (("import",), 2, "no FILE given: write diffussm import FILE"),
     (("import", "a.pt", "b.pt"), 2, "2 files given"),
     (("import", "a.pt", "nmae=x"), 2, "nmae: no such key (did you mean name?)"),
@@ -203,8 +258,11 @@ def test_help_names_verbs_groups_and_exit_codes(capsys):
         (["import", "--help"], ["diffussm import FILE", "model.num_heads=", "dit_xl_2"]),
         (["export", "--help"], ["DiffuSSMPipeline", "layout=diffusers", "weights=ema", "to=PATH"]),
         (["train", "--help"], ["experiment=", "diffussm_xl", "image_folder", "75 stopped by a signal"]),
+        (["encode", "--help"], ["to=DIR", "image_folder", "torchrun"]),
         (["sample", "--help"], ["checkpoint=PATH", "ddim", "flow_heun", "autoguidance"]),
         (["evaluate", "--help"], ["results.json", "digits none"]),
+        (["stats", "--help"], ["to=FILE.npz", "arr_0", "image_folder", "digits none"]),
+        (["inspect", "--help"], ["examined=1000", "reconstructions.png", "identity", "image_folder"]),
         (["bench", "--help"], ["suites=", "device=cuda", "bench.json"]),
         (["schedules", "--help"], ["out=FILE", "diffusion=NAME", "quadratic rectified_flow scaled_linear"]),
         (["complexity", "--help"], ["resolutions=", "diffussm_xl"]),
@@ -502,6 +560,22 @@ def test_a_corrupt_image_ends_training_with_its_name_and_status(in_tmp, capsys):
     assert (status["state"], status["exit_code"]) == ("failed", 65)
 
 
+def test_images_that_cannot_be_read_are_listed_and_training_goes_on(in_tmp, capsys):
+    (in_tmp / "images" / "class").mkdir(parents=True)
+    for index in range(150):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(in_tmp / "images" / "class" / f"{index:03}.png")
+    (in_tmp / "images" / "class" / "007.png").write_text("no image")
+    arguments = [
+        "train", *SMALL_RUN, "run_dir=run", "data=image_folder", "data.path=images", "data.resolution=8",
+        "model.num_classes=1", "model.in_channels=3", "evaluation=none", "trainer.total_images=160",
+    ]  # fmt: skip
+    assert main([arg for arg in arguments if arg != "evaluation.num_samples=64"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("007.png: not a readable image") == 1
+    (line,) = Path("run/bad_files.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"].endswith("007.png") and json.loads(line)["reason"]
+
+
 def test_module_and_console_script_are_the_same(diffussm):
     script = Path(sys.executable).with_name("diffussm")
     shown = subprocess.run([script, "train", "--help"], capture_output=True, text=True, check=True)
@@ -607,7 +681,7 @@ def test_export_and_import_are_inverses_in_both_layouts(run, in_tmp, capsys):
 
 def test_published_sizes_need_no_heads_and_latents_that_cannot_be_drawn_are_announced(in_tmp, capsys):
     torch.save(public_weights(in_channels=4, hidden_size=384, depth=12, num_heads=6, patch_size=8), "dit_s_8.pt")
-    assert main(["import", "dit_s_8.pt"]) == 0
+    assert main(["import", "dit_s_8.pt", "autoencoder=identity"]) == 0
     assert "images of 4 channels cannot be drawn" in capsys.readouterr().err
     config = json.loads(Path("runs/dit_s_8/checkpoints/step-000000000000/config.json").read_text())
     assert config["model"]["num_heads"] == 6 and config["trainer"]["ema_decays"] == [0.9999]
@@ -688,7 +762,7 @@ def test_exports_that_cannot_be_are_one_line_and_overwrite_nothing(run, in_tmp, 
     assert main(["import", "a.pt", HEADS, "model.num_classes=11", "model.class_dropout_prob=0"]) == 0
     assert main(["import", "b.pt", HEADS]) == 0
     torch.save(public_weights(in_channels=4), "c.pt")
-    assert main(["import", "c.pt", HEADS]) == 0
+    assert main(["import", "c.pt", HEADS, "autoencoder=identity"]) == 0
     Path("there").mkdir()
     capsys.readouterr()
     for arguments, code, says in (

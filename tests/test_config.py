@@ -23,7 +23,8 @@ def resolved(*overrides: str) -> dict:
     [(group, option) for group in groups() if group != "experiment" for option in group_options(group)],
 )
 def test_every_option_composes_and_matches_its_constructor(group, option):
-    extra = ["data.path=somewhere"] if (group, option) == ("data", "image_folder") else []
+    extra = ["data.path=somewhere"] if group == "data" and option not in ("digits", "fake") else []
+    extra += ["autoencoder.pretrained=somewhere"] if (group, option) == ("autoencoder", "kl") else []
     extra += ["guidance.checkpoint=somewhere"] if group == "guidance" and option != "classifier_free" else []
     if (group, option) == ("sampler", "none"):
         experiment = "digits_classifier"  # whose other keys set none of a sampler
@@ -101,6 +102,8 @@ def test_what_decides_the_result_is_fixed_and_what_does_not_is_free():
         "trainer.num_workers",
         "sampler.num_steps",
         "data.path",
+        "data.path[1]",
+        "data.max_bad_fraction",
         "trainer.device_batch_size",
     ]
     assert not any(config.may_change(key) for key in fixed)
@@ -147,7 +150,7 @@ def test_users_may_bring_their_own_directory(tmp_path: Path):
 
 def test_groups_from_a_checkpoint_are_the_defaults_and_can_be_overridden():
     trained = resolved("sampler.num_steps=7", "guidance.scale=3")
-    parts = {key: trained[key] for key in ("sampler", "guidance", "sampling", "evaluation")}
+    parts = {key: trained[key] for key in ("sampler", "guidance", "sampling", "evaluation", "autoencoder")}
     chosen = compose("sample", ["checkpoint=x", "sampling.seed=9"], from_checkpoint=parts)
     assert (chosen.sampler.num_steps, chosen.guidance.scale, chosen.sampling.seed) == (7, 3.0, 9)
     chosen = compose("sample", ["checkpoint=x", "sampler=ddpm"], from_checkpoint=parts)

@@ -33,7 +33,7 @@ def test_every_command_composes(command):
     if "--help" in command:
         return
     trained = compose("train", ["experiment=digits"])
-    parts = {key: trained[key] for key in ("sampler", "guidance", "sampling", "evaluation", "data")}
+    parts = {key: trained[key] for key in ("sampler", "guidance", "sampling", "evaluation", "data", "autoencoder")}
     assert compose(command[1], overrides, from_checkpoint=parts)
 
 

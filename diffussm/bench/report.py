@@ -20,7 +20,8 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, as 
 EXPONENT_FROM = 1024  # tokens; below, fixed costs decide
 COMPARISON_COLUMNS = ("suite", "phase", "tokens", "compared", "measured", "goal", "")
 MEASUREMENT_COLUMNS = (
-    "suite", "phase", "tokens", "subject", "parameters", "median ms", "spread", "times", "peak MiB", "GFLOP/s",
+    "suite", "phase", "tokens", "subject", "parameters", "median ms", "spread", "times", "peak MiB", "images/s",
+    "GFLOP/s",
 )  # fmt: skip
 
 
@@ -120,7 +121,8 @@ def compare(measurements: Sequence[Measurement], setup: Setup) -> Iterator[Verdi
     lengths = sorted({m.length for m in measurements})
     for comparison in COMPARISONS:
         on_gpu = comparison.suite == "xl" and setup.precision == "bf16"
-        goals = comparison.goals if comparison.goals and (on_gpu or setup.is_reference) else {}
+        applies = on_gpu or setup.is_reference or comparison.suite == "data"  # which has one setting only
+        goals = comparison.goals if comparison.goals and applies else {}
         key = comparison.suite, comparison.phase
         ours = [m for n in lengths if (m := found.get((*key, comparison.subject, n)))]
         if comparison.quantity == "exponent":
@@ -141,6 +143,8 @@ def _value(
     peak = peak_flops(setup) if comparison.quantity == "dense rate" and not comparison.against else None
     if peak is not None:
         return _rate(subject) / peak
+    if comparison.quantity == "throughput":
+        return subject.items / subject.timing.seconds
     if against is None:
         return None
     if comparison.quantity == "dense rate":
@@ -196,11 +200,14 @@ def _verdict_cells(verdict: Verdict) -> tuple[str, ...]:
         "memory": f"{comparison.against} / {comparison.subject}, peak memory",
         "dense rate": f"{comparison.subject}, share of {comparison.against or 'the peak'}'s FLOP/s",
         "exponent": f"{comparison.subject}, exponent of time in length",
+        "throughput": comparison.subject,
     }[quantity]
 
     def show(value: float) -> str:
         if quantity == "dense rate":
             return f"{value:.0%}"
+        if quantity == "throughput":
+            return f"{value:,.0f}/s"
         return f"{value:.2f}" if quantity == "exponent" else f"{value:.3g}x"
 
     sign = "<=" if quantity == "exponent" else ">="
@@ -223,10 +230,11 @@ def _measurement_cells(measurement: Measurement) -> tuple[str, ...]:
         measurement.phase,
         f"{measurement.length:,}",
         measurement.subject,
-        f"{measurement.parameters:,}",
+        "" if measurement.items else f"{measurement.parameters:,}",
         f"{1e3 * timing.seconds:,.2f}",
         f"{timing.spread / timing.seconds:.0%}" if timing.repetitions > 1 else "-",
         str(timing.repetitions),
-        f"{measurement.peak_bytes / 2**20:,.1f}",
+        "" if measurement.items else f"{measurement.peak_bytes / 2**20:,.1f}",
+        f"{measurement.items / timing.seconds:,.0f}" if measurement.items else "",
         f"{_rate(measurement) / 1e9:,.1f}" if has_rate else "",
     )

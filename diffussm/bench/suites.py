@@ -8,6 +8,7 @@ dit           DiT and diffusers' DiT with patches of 2
 sampling      a denoising step and a layer with spectra kept from step to step, and without
 gemm          large matrix products
 xl            DiffuSSM-XL, DiT-XL/2 and DiT-XL with patches of 1, for a GPU
+data          latents and photographs as the loader brings them (loading.py)
 """
 
 import math
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diffussm.bench.baselines import Attention, DiffusersDiT, MatrixProduct, NoSSM, TextbookS4D
+from diffussm.bench.loading import FOLDER, LATENT_AREA, LATENTS, PHOTOGRAPH_AREA, TORCHVISION, measure_loading
 from diffussm.bench.workload import Measurement, Phase, Setup, Skip, Subject, measure_group
 from diffussm.build import create_model
 from diffussm.models import S4D
@@ -34,7 +36,7 @@ CACHED, UNCACHED = "spectra kept", "spectra anew"
 DIFFUSSM_XL, DIT_XL_2, DIT_XL_1 = "DiffuSSM-XL", "DiT-XL/2", "DiT-XL/1"
 
 Module = TypeVar("Module", bound=nn.Module)
-Quantity = Literal["time", "memory", "dense rate", "exponent"]
+Quantity = Literal["time", "memory", "dense rate", "exponent", "throughput"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Comparison:
 
     time, memory: how many times less the subject takes. dense rate: its share of the other's floating-point
     rate, dense layers only ("" for the GPU's published peak). exponent: of its time in the length, from 1024
-    tokens on. `goals` are by length, 0 for all lengths together; at least so much, for exponents at most.
+    tokens on. throughput: images per second.
+    `goals` are by length, 0 for all lengths together; at least so much, for exponents at most.
     """
 
     suite: str
@@ -93,6 +96,9 @@ COMPARISONS = (
     Comparison("xl", TRAIN, "dense rate", DIFFUSSM_XL, GEMM),
     Comparison("xl", TRAIN, "time", DIFFUSSM_XL, DIT_XL_2),
     Comparison("xl", TRAIN, "time", DIFFUSSM_XL, DIT_XL_1, {4096: 1.0}),
+    Comparison("data", "loading", "throughput", LATENTS, goals={LATENT_AREA: 20_000}),
+    Comparison("data", "loading", "throughput", FOLDER),
+    Comparison("data", "loading", "time", FOLDER, TORCHVISION, {PHOTOGRAPH_AREA: 1.0}),
 )
 
 
@@ -100,6 +106,9 @@ def run_suites(names: Sequence[str], setup: Setup, note: Callable[[str], None]) 
     """Measure the suites, each at all lengths from the shortest on; `note` is told what comes next."""
     latest: dict[tuple[str, Phase, str], Measurement] = {}
     for suite in names:
+        if suite == "data":
+            yield from measure_loading(setup, note)
+            continue
         maker, phases, most = SUITES[suite]
         for length in sorted(setup.lengths):
             if length > most:

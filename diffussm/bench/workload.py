@@ -14,7 +14,7 @@ from diffussm.bench.memory import measured_peak, predicted_peak
 from diffussm.bench.timing import Timing, alternate
 from diffussm.models.complexity import Complexity, measure_module
 
-Phase = Literal["forward", "training step"]
+Phase = Literal["forward", "training step", "loading"]
 GIB = 2**30
 
 
@@ -57,7 +57,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One subject in one phase. `flops` are those of dense layers and attention, in one call."""
+    """One subject in one phase. `flops` are those of dense layers and attention, `items` images, in one call."""
 
     suite: str
     phase: Phase
@@ -67,6 +67,7 @@ class Measurement:
     peak_bytes: int
     parameters: int
     flops: int
+    items: int = 0
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,8 @@ def run(options: argparse.Namespace) -> int:
                 note(f"    {result.subject}: skipped: {result.reason}")
             else:
                 timing, mib = result.timing, result.peak_bytes / 2**20
-                note(
-                    f"    {result.subject}: {1e3 * timing.seconds:,.2f} ms x {timing.repetitions}, {mib:,.0f} MiB"
-                )
+                beside = f"{result.items / timing.seconds:,.0f} images/s" if result.items else f"{mib:,.0f} MiB"
+                note(f"    {result.subject}: {1e3 * timing.seconds:,.2f} ms x {timing.repetitions}, {beside}")
         report.is_complete = True
     finally:
         report.save()

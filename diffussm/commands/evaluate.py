@@ -20,6 +20,7 @@ from diffussm.commands.from_checkpoint import (
     run_path,
 )
 from diffussm.config import SAMPLE_METRICS
+from diffussm.data.loader import is_latent_set
 from diffussm.evaluation.evaluator import table
 from diffussm.evaluation.likelihood import chosen_images, measure_images
 from diffussm.runtime.allocator import keep_freed_memory
@@ -61,7 +62,12 @@ def run(options: argparse.Namespace) -> int:
         measures = system.image_measures(system.model, config, of_images)
         if missing := OmegaConf.missing_keys(config.data):
             raise ConfigError(f"{missing.pop()}: not set: the run does not tell where images are: add it")
-        source = build_source(config.data, trained.model)
+        given = build_source(config.data, trained.model)
+        if is_latent_set(given):
+            raise ConfigError(
+                f"metrics=[{', '.join(of_images)}]: look at images, and data=latents has none: choose data="
+            )
+        source = given
         if tuple(source.image_shape) != system.image_shape:
             raise ConfigError(f"data: gives images of {source.image_shape}, the model knows {system.image_shape}")
         num_images = min(config.likelihood_images or len(source), len(source))

@@ -21,7 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffussm.build import choose_weights, construct, load_weights
 from diffussm.commands import print_config
-from diffussm.commands.from_checkpoint import open_checkpoint, read_answer, read_history, run_path
+from diffussm.commands.from_checkpoint import (
+    check_autoencoder,
+    open_checkpoint,
+    read_answer,
+    read_history,
+    run_path,
+)
+from diffussm.data.autoencoder import Autoencoder, FrozenAutoencoder
 from diffussm.models import DiT
 from diffussm.models.layouts import State, diffusers_config, infer_dit_arguments, to_diffusers
 from diffussm.report.model_card import DDPM, CardFacts, model_card
@@ -65,12 +72,6 @@ def run(options: argparse.Namespace) -> int:
 def _export_pipeline(checkpoint: Checkpoint, weights: str, trained: DictConfig, to: Path) -> None:
     state = checkpoint.document("train_state")
     channels, height, width = state["data"]["image_shape"]
-    if not trained.autoencoder._target_.endswith("IdentityAutoencoder"):
-        name = trained.autoencoder._target_.rpartition(".")[2]
-        raise ConfigError(
-            f"layout=pipeline: the model draws latents of {name}, and only models of pixels can be exported so: "
-            "choose layout=official"
-        )
     if channels not in (1, 3):
         raise ConfigError(
             f"layout=pipeline: the model gives images of {channels} channels, which cannot be drawn: "
@@ -87,10 +88,14 @@ def _export_pipeline(checkpoint: Checkpoint, weights: str, trained: DictConfig, 
     arguments = {key: value for key, value in trained.model.items() if key != "_target_"}
     model = COMPONENTS[network](**arguments)
     load_weights(checkpoint, model, weights)
-    scheduler = _make_scheduler(trained, state["data"]["image_shape"])
-    pipeline = DiffuSSMPipeline(
-        model, scheduler, image_size=[height, width], flow=type(scheduler).__name__ != DDPM
-    )
+    autoencoder: Autoencoder = construct(trained.autoencoder, "autoencoder")
+    check_autoencoder(checkpoint, autoencoder)
+    scheduler = _make_scheduler(trained, autoencoder.latent_shape((channels, height, width)))
+    vae, vae_files = None, {}
+    if isinstance(autoencoder, FrozenAutoencoder):
+        vae, vae_files = autoencoder.network, autoencoder.written_out()
+    flow = type(scheduler).__name__ != DDPM
+    pipeline = DiffuSSMPipeline(model, scheduler, vae=vae, image_size=[height, width], flow=flow)
     versions = {name: version(name) for name in ("diffussm", "torch", "diffusers")}
     metadata = {
         "format": "pt",
@@ -108,6 +113,7 @@ def _export_pipeline(checkpoint: Checkpoint, weights: str, trained: DictConfig, 
         train_state=state,
         checkpoint_sha256=checkpoint.sha256,
         scheduler=type(scheduler).__name__,
+        autoencoder=autoencoder.fingerprint,
         versions=versions,
         **_find_results(checkpoint, weights, trained),
     )
@@ -118,18 +124,19 @@ def _export_pipeline(checkpoint: Checkpoint, weights: str, trained: DictConfig, 
             (Path("scheduler/scheduler_config.json"), scheduler.to_json_string().encode()),
             (Path("transformer/config.json"), model.to_json_string().encode()),
             (Path("transformer") / WEIGHTS_FILE, safetensors.torch.save(model.state_dict(), metadata)),
+            *((Path("vae") / name, content) for name, content in vae_files.items()),
         ):
             (directory / path).parent.mkdir(exist_ok=True)
             write_and_sync(directory / path, content)
 
 
-def _make_scheduler(trained: DictConfig, image_shape: Sequence[int]) -> "SchedulerMixin":
+def _make_scheduler(trained: DictConfig, latent_shape: Sequence[int]) -> "SchedulerMixin":
     """diffusers' scheduler of the process that the run trains."""
     from diffussm.pipeline import PREDICTION_TYPES, ddpm_scheduler, flow_scheduler
 
     if trained.objective._target_.endswith("FlowObjective"):
         path: StraightPath = construct(trained.diffusion, "diffusion")
-        return flow_scheduler(path.shift_factor(math.prod(image_shape[1:])))
+        return flow_scheduler(path.shift_factor(math.prod(latent_shape[1:])))
     prediction = trained.objective.prediction
     if prediction not in PREDICTION_TYPES:
         raise ConfigError(f"layout=pipeline: diffusers knows no objective.prediction={prediction}")

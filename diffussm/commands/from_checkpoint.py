@@ -14,9 +14,18 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffussm.build import System, choose_device, refuse_foreign_code
+from diffussm.build import (
+    System,
+    choose_device,
+    construct,
+    describe_fingerprint,
+    recorded_autoencoder,
+    refuse_foreign_code,
+)
 from diffussm.commands import note
 from diffussm.compose import compose, override_value
+from diffussm.config import may_change
+from diffussm.data.autoencoder import Autoencoder, IdentityAutoencoder
 from diffussm.runtime.errors import ConfigError, RunDirectoryError
 from diffussm.training.checkpoint import Checkpoint, find_checkpoint
 
@@ -32,14 +41,39 @@ def open_checkpoint(options: argparse.Namespace) -> tuple[Checkpoint, DictConfig
     assert isinstance(trained, DictConfig)
     if override_value(options.overrides, "trust_checkpoint") is not True:
         refuse_foreign_code(trained, str(checkpoint.path))
-    groups = {key: document[key] for key in ("sampler", "guidance", "sampling", "evaluation", "data")}
-    return checkpoint, trained, compose(options.verb, options.overrides, options.config_dir, groups)
+    names = ("autoencoder", "sampler", "guidance", "sampling", "evaluation", "data")
+    groups = {key: document[key] for key in names}
+    config = compose(options.verb, options.overrides, options.config_dir, groups)
+    theirs, ours = (str(node.autoencoder._target_).rpartition(".")[2] for node in (trained, config))
+    if ours != theirs:
+        remedy = "import it anew with this one" if _is_only_imported(checkpoint) else "leave the choice to it"
+        raise ConfigError(f"autoencoder: {ours}, but {checkpoint.path} is for {theirs}: {remedy}")
+    trained.autoencoder = config.autoencoder  # which may lie elsewhere by now
+    return checkpoint, trained, config
 
 
 def build_system(checkpoint: Checkpoint, trained: DictConfig, device: str) -> System:
     """The parts of the run that made the checkpoint."""
     image_shape = checkpoint.document("train_state")["data"]["image_shape"]
-    return System(trained, image_shape, choose_device(device))
+    system = System(trained, image_shape, choose_device(device))
+    check_autoencoder(checkpoint, system.autoencoder)
+    return system
+
+
+def check_autoencoder(checkpoint: Checkpoint, autoencoder: Autoencoder) -> None:
+    """Refuse, naming both, to decode with another autoencoder than the checkpoint's."""
+    theirs = recorded_autoencoder(checkpoint)
+    if theirs is not None and theirs != autoencoder.fingerprint:
+        ours = describe_fingerprint(autoencoder.fingerprint)
+        raise ConfigError(
+            f"autoencoder: {ours}, but {checkpoint.path} was trained with {describe_fingerprint(theirs)}: "
+            "set autoencoder.pretrained to where that one is"
+        )
+
+
+def _is_only_imported(checkpoint: Checkpoint) -> bool:
+    state = checkpoint.document("train_state")
+    return state.get("imported") is not None and state["images"] == 0
 
 
 def make_request(checkpoint: Checkpoint, config: DictConfig, keys: Sequence[str]) -> dict[str, Any]:
@@ -47,6 +81,10 @@ def make_request(checkpoint: Checkpoint, config: DictConfig, keys: Sequence[str]
     chosen = {key: config[key] for key in ("sampling", *keys)}
     settings = OmegaConf.to_container(OmegaConf.create(chosen), resolve=True)
     assert isinstance(settings, dict)
+    autoencoder: Autoencoder = construct(config.autoencoder, "autoencoder")
+    if not isinstance(autoencoder, IdentityAutoencoder):  # requests of pixels are older than autoencoders
+        kept = {key: value for key, value in config.autoencoder.items() if not may_change(f"autoencoder.{key}")}
+        settings["autoencoder"] = {**kept, "fingerprint": autoencoder.fingerprint}
     companion = config.guidance.get("checkpoint")
     if companion is not None and "guidance" in chosen:
         found = find_checkpoint(Path(companion), note, "guidance.checkpoint")

@@ -29,6 +29,8 @@ from diffussm.training.trainer import TrainState
 
 DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 ACTIVATION = "gelu-approximate"
+# What the public DiTs draw with; other autoencoders of as many channels are to be named.
+AUTOENCODERS = {4: "sd_vae_ft_ema"}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         layout, state, arguments = _interpret(_read(file), told, overrides)
         known = [f"model.{key}={'null' if value is None else value}" for key, value in arguments.items()]
+        usual = _usual_autoencoder(arguments["in_channels"], overrides)
+        known += usual
         config = compose("import", [*known, *overrides], options.config_dir)
         if options.print_config:
             return print_config(config)
@@ -54,8 +58,11 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"{broken[0]}: not finite")
     except ValueError as error:
         raise DataError(f"{file}: {error}") from error
-    image_shape = list(config.image_shape or [config.model.in_channels, *2 * [config.model.input_size]])
-    autoencoder = construct(config.autoencoder, "autoencoder")
+    autoencoder = construct(
+        config.autoencoder, "autoencoder"
+    )  # of which shapes suffice: its weights may be elsewhere
+    latent_shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
+    image_shape = list(config.image_shape or autoencoder.image_shape(latent_shape))
     check_latents(config.model, autoencoder.latent_shape(tuple(image_shape)))
     trained = OmegaConf.masked_copy(config, [item.name for item in fields(TrainConfig)])
     imported = {"file": file.name, "sha256": _sha256(file), "layout": layout}
@@ -65,9 +72,21 @@ def run(options: argparse.Namespace) -> int:
         return 0
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{directory.path}: {type(model).__name__}, {parameters:,} parameters, from {file} ({layout} layout)")
+    if usual:
+        note(f"{usual[0]}, as for DiT's own weights: import under another name with another if they are for that")
     if image_shape[0] not in (1, 3):
-        note(f"images of {image_shape[0]} channels cannot be drawn: to sample, latents need an autoencoder")
+        note(
+            f"images of {image_shape[0]} channels cannot be drawn: to sample, import them under another name with "
+            "the autoencoder of these latents, such as autoencoder=sd3_vae"
+        )
     return 0
+
+
+def _usual_autoencoder(channels: int, overrides: Sequence[str]) -> list[str]:
+    """The override that chooses DiT's own autoencoder, where nothing else does."""
+    chosen = any(override_value(overrides, key) is not None for key in ("autoencoder", "experiment"))
+    name = None if chosen else AUTOENCODERS.get(channels)
+    return [] if name is None else [f"autoencoder={name}"]
 
 
 def _split(arguments: Sequence[str]) -> tuple[Path, list[str]]:

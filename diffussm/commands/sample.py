@@ -21,7 +21,7 @@ from diffussm.commands.from_checkpoint import (
     read_answer,
     run_path,
 )
-from diffussm.report.grid import save_grid
+from diffussm.report.grid import save_rows
 from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import ConfigError, RunDirectoryError
 from diffussm.runtime.run_dir import write_json
@@ -71,7 +71,7 @@ def _check_drawable(checkpoint: Checkpoint) -> None:
     if channels not in (1, 3):
         raise ConfigError(
             f"{checkpoint.path}: gives images of {channels} channels, which cannot be drawn: "
-            "latents need an autoencoder that decodes them"
+            "import the weights anew with the autoencoder of these latents, such as autoencoder=sd3_vae"
         )
 
 
@@ -108,7 +108,4 @@ def _save_grid(images: Tensor, classes: list[int], labels: Tensor | None, path: 
     else:
         classes = classes[: len(images)]
         rows = [images[labels == label][:MAX_GRID_COLUMNS] for label in classes]
-        columns = max(len(row) for row in rows)
-    blank = torch.full_like(images[:1], 255)
-    padded = [torch.cat([row, blank.expand(columns - len(row), -1, -1, -1)]) for row in rows]
-    save_grid(torch.cat(padded), columns, path, [str(label) for label in classes] or None)
+    save_rows(rows, path, [str(label) for label in classes] or None)

@@ -16,7 +16,7 @@ from diffussm.runtime.errors import ConfigError, Preempted, RunDirectoryError, U
 from diffussm.runtime.run_dir import RunDirectory, write_atomically
 
 if TYPE_CHECKING:
-    from diffussm.data.images import ImageSource
+    from diffussm.data.images import Source
     from diffussm.training.trainer import Trainer
 
 
@@ -85,7 +85,7 @@ def _check_drift(directory: RunDirectory, config: DictConfig) -> None:
         note(f"configuration changed: {line}")
 
 
-def _summarize(config: DictConfig, source: "ImageSource", trainer: "Trainer", directory: RunDirectory) -> None:
+def _summarize(config: DictConfig, source: "Source", trainer: "Trainer", directory: RunDirectory) -> None:
     from diffussm.training.optim import describe_groups
 
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())

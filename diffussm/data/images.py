@@ -1,11 +1,13 @@
 """Image sources: indexed collections of uint8 images, with labels or without.
 
-A source has `num_classes` (None: unlabelled), `image_shape` (C, H, W), `horizontal_flip` (whether a mirror
-image is as good as the original), a `fingerprint`, a length, and items (image, label).
+Sources are cheap to pickle and open nothing before they are first used in a process. Here are the protocol,
+what sources of photographs share, and the two that need nothing else: folders and scikit-learn's digits.
 """
 
 import hashlib
-from collections.abc import Mapping
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,28 +15,184 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from diffussm.data.decode import PREPROCESSING, center_crop, decode
+from diffussm.data.packed import PackedStrings
 from diffussm.runtime.errors import ConfigError, DataError
 from diffussm.runtime.seeding import make_generator
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-class ImageSource(Protocol):
-    """What training needs to know of a data set."""
+class Source(Protocol):
+    """What everything else needs to know of a data set, be it of images or of their latents.
+
+    `num_classes` is None and `class_names` empty without labels. `horizontal_flip` says whether a mirror image is
+    as good as the original, `max_bad_fraction` what share of unreadable images to put up with. `fingerprint` tells
+    this data from other data wherever it lies, and `name_of` is an image's file or key.
+    """
 
     horizontal_flip: bool
+    max_bad_fraction: float
 
     @property
     def num_classes(self) -> int | None: ...
     @property
+    def class_names(self) -> list[str]: ...
+    @property
     def image_shape(self) -> tuple[int, int, int]: ...
     @property
     def fingerprint(self) -> Mapping[str, Any]: ...
+    def name_of(self, index: int) -> str: ...
     def __len__(self) -> int: ...
+
+
+class ImageSource(Source, Protocol):
+    """Items are (image CHW, label), the label -1 without labels; one that cannot be read raises BadImage.
+
+    `label` is an item's without reading it; `preprocessing` says in words how stored images become these.
+    """
+
+    @property
+    def preprocessing(self) -> str: ...
+    def label(self, index: int) -> int: ...
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+
+class Photographs(ABC):
+    """What sources of encoded images of any size share: each is decoded and cropped to a square by ADM's rule.
+
+    Args:
+        resolution: side of the square.
+        horizontal_flip: mirror half of the images in training.
+        max_bad_fraction: share of unreadable images above which a command stops rather than skip them.
+    """
+
+    def __init__(self, resolution: int, horizontal_flip: bool, max_bad_fraction: float) -> None:
+        if resolution < 1:
+            raise ValueError(f"resolution={resolution}: must be at least 1")
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={max_bad_fraction}: must lie in 0..1")
+        self.resolution, self.horizontal_flip = resolution, horizontal_flip
+        self.max_bad_fraction = max_bad_fraction
+
+    @property
+    @abstractmethod
+    def class_names(self) -> list[str]:
+        """What the labels 0, 1, ... stand for; empty without labels."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> Mapping[str, Any]:
+        """What identifies this data to a checkpoint, wherever it lies."""
+
+    @abstractmethod
+    def name_of(self, index: int) -> str:
+        """The image's file or key."""
+
+    @abstractmethod
+    def content(self, index: int) -> bytes | Path:
+        """The encoded image, as `decode` takes it."""
+
+    @abstractmethod
+    def label(self, index: int) -> int:
+        """The class of an image; -1 without labels."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes there are; None without labels."""
+        return len(self.class_names) or None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """RGB at the chosen resolution."""
+        return (3, self.resolution, self.resolution)
+
+    @property
+    def preprocessing(self) -> str:
+        """What `decode` and `center_crop` do."""
+        return f"{PREPROCESSING} to {self.resolution}x{self.resolution}"
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = decode(self.content(index), self.name_of(index))
+        pixels = torch.from_numpy(center_crop(image, self.resolution))
+        return pixels.permute(2, 0, 1).contiguous(), self.label(index)
+
+
+class ImageFolder(Photographs):
+    """Images below a directory: a class per subdirectory that holds any (by name), or a flat, unlabelled folder.
+
+    Class folders may have folders within; links to folders are followed. What begins with a dot is ignored.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        resolution: int = 256,
+        horizontal_flip: bool = True,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        super().__init__(resolution, horizontal_flip, max_bad_fraction)
+        self.root = Path(path).expanduser()
+        if not self.root.is_dir():
+            raise DataError(f"data.path={path}: no such directory: give a folder of images or of class folders")
+        try:
+            flat, classes = _scan(self.root)
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+        if flat and classes:
+            raise DataError(
+                f"data.path={path}: holds both images and folders of images: use class folders or a flat folder"
+            )
+        if not flat and not classes:
+            raise DataError(f"data.path={path}: no images ({' '.join(IMAGE_SUFFIXES)}) there or below")
+        files = flat or [f"{name}/{file}" for name, group in classes.items() for file in group]
+        self._class_names = list(classes)
+        self._files = PackedStrings(map(os.fsencode, files))
+        self._ends = np.cumsum([len(group) for group in classes.values()], dtype=np.int64)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The class folders; none for a flat folder."""
+        return self._class_names
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The files by name."""
+        return {
+            "source": "image_folder",
+            "names_sha256": self._names_sha256,
+            "num_images": len(self),
+            "num_classes": self.num_classes,
+            "image_shape": list(self.image_shape),
+        }
+
+    @cached_property
+    def _names_sha256(self) -> str:
+        names = hashlib.sha256()
+        for index in range(len(self)):
+            names.update((b"\n" if index else b"") + self._files[index])
+        return names.hexdigest()
+
+    def name_of(self, index: int) -> str:
+        """The file's path below the folder."""
+        return os.fsdecode(self._files[index])
+
+    def content(self, index: int) -> Path:
+        """The file."""
+        return self.root / self.name_of(index)
+
+    def label(self, index: int) -> int:
+        """The number of its class folder."""
+        index = range(len(self))[index]
+        return int(self._ends.searchsorted(index, side="right")) if self._class_names else -1
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 class Digits:
@@ -47,6 +205,8 @@ class Digits:
     num_classes = 10
     image_shape = (1, 8, 8)
     horizontal_flip = False
+    max_bad_fraction = 0.0
+    preprocessing = "value * 255 / 16 rounded"
 
     def __init__(self, split: Literal["train", "held_out"] = "train", split_seed: int = 0) -> None:
         if split not in ("train", "held_out"):
@@ -78,6 +238,11 @@ class Digits:
         return self._arrays[1]
 
     @property
+    def class_names(self) -> list[str]:
+        """0 to 9."""
+        return [str(digit) for digit in range(10)]
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """What identifies this data to a checkpoint."""
         return {
@@ -88,102 +253,52 @@ class Digits:
             "image_shape": list(self.image_shape),
         }
 
+    def name_of(self, index: int) -> str:
+        """Its place in the split."""
+        return f"{self.split} {index}"
+
+    def label(self, index: int) -> int:
+        """The digit."""
+        return int(self.labels[index])
+
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
+        return self.images[index], self.label(index)
 
 
-class ImageFolder:
-    """Images below a directory: a class per subdirectory that holds any (by name), or a flat, unlabelled folder.
-
-    Args:
-        resolution: side of the square that ADM's centre crop cuts from every image.
-        horizontal_flip: mirror half of the images in training.
-    """
-
-    def __init__(self, path: str | Path, resolution: int = 256, horizontal_flip: bool = True) -> None:
-        if resolution < 1:
-            raise ValueError(f"resolution={resolution}: must be at least 1")
-        self.root, self.resolution, self.horizontal_flip = Path(path).expanduser(), resolution, horizontal_flip
-        if not self.root.is_dir():
-            raise DataError(f"data.path={path}: no such directory: give a folder of images or of class folders")
-        folders = sorted(entry for entry in self.root.iterdir() if entry.is_dir() and entry.name[0] != ".")
-        found = [(folder, _image_files(folder, recursive=True)) for folder in folders]
-        self.class_names = [folder.name for folder, files in found if files]
-        groups = [files for _, files in found if files]
-        flat = _image_files(self.root, recursive=False)
-        if flat and any(groups):
-            raise DataError(
-                f"data.path={path}: holds both images and folders of images: use class folders or a flat folder"
-            )
-        self.files = flat or [file for group in groups for file in group]
-        self._labels = [-1] * len(flat) or [label for label, group in enumerate(groups) for _ in group]
-        if not self.files:
-            suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-            raise DataError(f"data.path={path}: no images ({suffixes}) there or below")
-        if flat:
-            self.class_names = []
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of class folders; None for a flat folder."""
-        return len(self.class_names) or None
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """RGB at the chosen resolution."""
-        return (3, self.resolution, self.resolution)
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What identifies this data to a checkpoint: its files by name, wherever the folder lies."""
-        names = "\n".join(file.relative_to(self.root).as_posix() for file in self.files)
-        return {
-            "source": "image_folder",
-            "names_sha256": hashlib.sha256(names.encode()).hexdigest(),
-            "num_images": len(self),
-            "num_classes": self.num_classes,
-            "image_shape": list(self.image_shape),
-        }
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        file = self.files[index]
-        try:
-            with Image.open(file) as image:
-                pixels = center_crop(_to_rgb(image), self.resolution)
-        except (
-            OSError,
-            UnidentifiedImageError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ) as error:
-            raise DataError(f"{file}: not a readable image ({error}): repair or remove it") from error
-        return torch.from_numpy(pixels).permute(2, 0, 1), self._labels[index]
+def _scan(root: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """The sorted images in a folder, and those below each of its folders that has any."""
+    status = root.stat()
+    flat, classes = [], {}
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.name[0] != "." and entry.is_dir():
+                seen = {(status.st_dev, status.st_ino)}
+                if found := sorted(_images_below(entry, "", seen)):
+                    classes[entry.name] = found
+            elif _is_image(entry):
+                flat.append(entry.name)
+    return sorted(flat), dict(sorted(classes.items()))
 
 
-def center_crop(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "H W 3"]:
-    """ADM's crop: halve by box filter while twice the target fits, bicubic to it, cut out the centre."""
-    while min(image.size) >= 2 * resolution:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = resolution / min(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    top, left = (image.height - resolution) // 2, (image.width - resolution) // 2
-    return np.array(image)[top : top + resolution, left : left + resolution]
+def _images_below(folder: os.DirEntry[str], prefix: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Paths of images relative to a class folder; a folder that links lead to twice is read once."""
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    with os.scandir(folder.path) as entries:
+        for entry in entries:
+            if entry.name[0] != "." and entry.is_dir():
+                yield from _images_below(entry, f"{prefix}{entry.name}/", seen)
+            elif _is_image(entry):
+                yield prefix + entry.name
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling them
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def _image_files(folder: Path, recursive: bool) -> list[Path]:
-    found = folder.rglob("*") if recursive else folder.iterdir()
-    return sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """Judged by its name. A link to nowhere counts: it will be found unreadable, rather than pass unnoticed."""
+    if entry.name[0] == "." or not entry.name.lower().endswith(IMAGE_SUFFIXES):
+        return False
+    return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())

@@ -1,51 +1,22 @@
 """An evaluation: generate, extract, accumulate, compare with a reference, record everything that matters."""
 
-import hashlib
 import math
 import platform
 import time
-import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from diffussm.evaluation.features import FeatureExtractor
 from diffussm.evaluation.generate import Generated, Generator
 from diffussm.evaluation.metrics import frechet_distance, inception_score, precision_recall
+from diffussm.evaluation.reference import Reference
 from diffussm.evaluation.statistics import FeatureStatistics
-from diffussm.runtime.errors import DataError
 
 PIXELS = "uint8, clamp(127.5 x + 128, 0, 255) truncated"
-
-
-class Reference:
-    """What samples are compared with: an npz in ADM's layout.
-
-    `mu, sigma, mu_s, sigma_s` are statistics of pool and spatial features over the whole training set,
-    `arr_0` (N, H, W, C) uint8 the images behind precision and recall. Optional: `held_out`, images like arr_0
-    that the network never saw, which show what a perfect model would score, and `held_out_labels`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            content = path.read_bytes()
-            with np.load(path, allow_pickle=False) as arrays:
-                self.pool = (arrays["mu"], arrays["sigma"])
-                self.spatial = (arrays["mu_s"], arrays["sigma_s"])
-                self.images = _to_nchw(arrays["arr_0"])
-                held_out = arrays.get("held_out")
-                self.held_out = None if held_out is None else _to_nchw(held_out)
-                labels = arrays.get("held_out_labels")
-                self.held_out_labels = None if labels is None else torch.from_numpy(labels)
-                self.preprocessing = str(arrays.get("preprocessing", "unknown"))
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"evaluation.reference={path}: not a reference file: {error}") from error
-        self.path, self.sha256 = path, hashlib.sha256(content).hexdigest()
 
 
 class Evaluation:
@@ -188,9 +159,3 @@ def _cell(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _to_nchw(images: np.ndarray) -> Tensor:
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise ValueError(f"images must be uint8 (N, H, W, C), not {images.dtype} {images.shape}")
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

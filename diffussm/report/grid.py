@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
@@ -31,6 +32,16 @@ def save_grid(
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
+
+
+def save_rows(
+    rows: Sequence[UInt8[Tensor, "n C H W"]], path: Path, row_labels: Sequence[str] | None = None
+) -> None:
+    """Write rows of images, which may differ in length, as `save_grid` does."""
+    columns = max(len(row) for row in rows)
+    blank = rows[0].new_full((1, *rows[0].shape[1:]), 255)
+    padded = [torch.cat([row, blank.expand(columns - len(row), -1, -1, -1)]) for row in rows]
+    save_grid(torch.cat(padded), columns, path, row_labels)
 
 
 def _with_labels(picture: Image.Image, labels: Sequence[str]) -> Image.Image:

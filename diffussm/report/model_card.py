@@ -15,6 +15,7 @@ PAPERS = {
     "(https://arxiv.org/abs/2212.09748)",
 }
 DDPM = "DDPMScheduler"
+PIXELS = "identity"  # the autoencoder that is none
 KINDS = {"DiffuSSM": "state-space-model", "DiT": "diffusion-transformer"}
 
 
@@ -30,6 +31,7 @@ class CardFacts:
         train_state: where training stood, with the fingerprint of the data.
         checkpoint_sha256: hash of the whole checkpoint.
         scheduler: class name of the exported scheduler.
+        autoencoder: fingerprint of what turns latents into images.
         versions: of diffussm, torch and diffusers at the export.
         results: what `diffussm evaluate` measured of samples of these weights, if it did.
         image_results: the same of the bound on real images.
@@ -42,6 +44,7 @@ class CardFacts:
     train_state: Mapping[str, Any]
     checkpoint_sha256: str
     scheduler: str
+    autoencoder: Mapping[str, Any]
     versions: Mapping[str, str]
     results: Mapping[str, Any] | None
     image_results: Mapping[str, Any] | None
@@ -82,9 +85,16 @@ def _summary(facts: CardFacts, architecture: str) -> str:
     of = "any kind it has seen" if num_classes is None else f"{num_classes} classes"
     return (
         f"A diffusion network ({architecture}, {facts.parameters:,} parameters) that draws "
-        f"{'grey' if channels == 1 else 'colour'} images of {height}x{width} pixels, of {of}, without an "
-        "autoencoder. Exported with diffussm as a pipeline for diffusers."
+        f"{'grey' if channels == 1 else 'colour'} images of {height}x{width} pixels, of {of}, "
+        f"{_through(facts.autoencoder)}. Exported with diffussm as a pipeline for diffusers."
     )
+
+
+def _through(autoencoder: Mapping[str, Any]) -> str:
+    if autoencoder["kind"] == PIXELS:
+        return "without an autoencoder"
+    channels, factor = autoencoder["latent_channels"], autoencoder["factor"]
+    return f"as latents of {channels} channels and 1/{factor} of the sides, which a frozen autoencoder decodes"
 
 
 def _network(facts: CardFacts, architecture: str) -> str:
@@ -95,6 +105,8 @@ def _network(facts: CardFacts, architecture: str) -> str:
         "parameters": f"{facts.parameters:,}",
         "arguments": _listed(arguments),
     }
+    if facts.autoencoder["kind"] != PIXELS:
+        rows["autoencoder, in vae/"] = _listed(facts.autoencoder)
     return _table(["", ""], [[key, value] for key, value in rows.items()])
 
 

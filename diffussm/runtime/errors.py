@@ -31,6 +31,17 @@ class DataError(UserError):
     exit_code = 65
 
 
+class BadImage(DataError):  # noqa: N818
+    """One image of a data set that cannot be read: its name there, and the reason."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: not a readable image ({reason}): repair or remove it")
+        self.name, self.reason = name, reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # workers send it to the main process
+        return type(self), (self.name, self.reason)
+
+
 class DivergedError(UserError):
     """Training that no longer produces finite gradients."""
 

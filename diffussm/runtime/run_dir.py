@@ -3,23 +3,72 @@
 config.yaml   metrics.jsonl   status.json   results.json   checkpoints/step-.../   samples/*.png
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffussm.runtime.errors import RunDirectoryError, StorageError
 
 
-class RunDirectory:
-    """A directory that this process alone writes to, from `open` to `close` or its end."""
+class OwnedDirectory:
+    """A directory that this process alone writes to, from `open` to `close` or its end.
+
+    Args:
+        key: the configuration key that names it, for errors.
+        remedy: what a person may choose instead.
+    """
+
+    def __init__(self, path: Path, key: str, remedy: str) -> None:
+        self.path, self.key, self.remedy = path, key, remedy
+        self._lock: BinaryIO | None = None
+
+    def check(self) -> None:
+        """Refuse, before anything is created, a path that cannot become such a directory."""
+        refuse_unwritable(self.path, f"{self.key}={self.path}", self.remedy)
+        if (self.path / ".lock").exists():
+            self._take_lock().close()
+
+    def open(self) -> None:
+        """Create the directory and take its lock; refuse if another process holds it."""
+        self.check()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        # A child would hold the lock too, and some seconds longer than this process if that is killed.
+        close = weakref.WeakMethod(self.close)
+        os.register_at_fork(after_in_child=lambda: (alive := close()) and alive())
+
+    def _take_lock(self) -> BinaryIO:
+        lock = (self.path / ".lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise self._error(
+                f"another process is using it: wait for it, or choose another {self.remedy}"
+            ) from None
+        return lock
+
+    def _error(self, problem: str) -> RunDirectoryError:
+        return RunDirectoryError(f"{self.key}={self.path}: {problem}")
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+class RunDirectory(OwnedDirectory):
+    """Where a run of training lives."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock: BinaryIO | None = None
+        super().__init__(path, "run_dir", "run_dir or name")
 
     @property
     def checkpoints(self) -> Path:
@@ -30,43 +79,6 @@ class RunDirectory:
     def samples(self) -> Path:
         """Where pictures go."""
         return self.path / "samples"
-
-    def check(self) -> None:
-        """Refuse, before anything is created, a path that cannot become a run directory."""
-        for part in (self.path, *self.path.parents):
-            if part.exists():
-                if not part.is_dir():
-                    raise RunDirectoryError(
-                        f"run_dir={self.path}: {part} is a file: choose another run_dir or name"
-                    )
-                if not os.access(part, os.W_OK | os.X_OK):
-                    raise RunDirectoryError(f"run_dir={self.path}: {part} is not writable: choose another run_dir")
-                break
-        if (self.path / ".lock").exists():
-            self._take_lock().close()
-
-    def open(self) -> None:
-        """Create the directory and take its lock; refuse if another process holds it."""
-        self.check()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
-
-    def _take_lock(self) -> BinaryIO:
-        lock = (self.path / ".lock").open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise RunDirectoryError(
-                f"run_dir={self.path}: another process is using it: wait for it, or choose another name"
-            ) from None
-        return lock
-
-    def close(self) -> None:
-        """Give the lock back."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
 
     def read_status(self) -> dict[str, Any] | None:
         """The last status written, None in a directory without a run."""
@@ -84,16 +96,44 @@ class RunDirectory:
         write_json(self.path / "status.json", record)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, and a crash, see either the old content or all of the new."""
+def refuse_unwritable(path: Path, setting: str, remedy: str) -> None:
+    """RunDirectoryError, which says `setting`, where no directory `path` is or could be made to write to."""
+    for part in (path, *path.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise RunDirectoryError(f"{setting}: {part} is a file: choose another {remedy}")
+            if not os.access(part, os.W_OK | os.X_OK):
+                raise RunDirectoryError(f"{setting}: {part} is not writable: choose another {remedy}")
+            break
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write and read back, which appears at `path`, safe on the disk, if the block ends without error.
+
+    A reader, and a crash, see either the old content or all of the new. An OSError in the block is taken for one
+    of writing, and becomes a StorageError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        write_and_sync(temporary, content)
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path}: {error.strerror or error}: free space, or choose another place") from error
+        if isinstance(error, OSError):
+            problem = error.strerror or error
+            raise StorageError(f"{path}: {problem}: free space, or choose another place") from error
+        raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, and a crash, see either the old content or all of the new."""
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -32,12 +32,14 @@ MAX_FAILED_SAVES = 3
 
 
 class Batch(Protocol):
-    """A global batch: what the autoencoder turns into x_0, and labels (None: unconditional)."""
+    """A global batch: what `to_latents` turns into x_0, and labels (None: unconditional)."""
 
     @property
     def images(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor | None: ...
+    @property
+    def noise(self) -> Tensor | None: ...
 
 
 class Batches(Protocol):
@@ -106,7 +108,7 @@ class Trainer:
     """Train `model` until `total_images`, continuing from the newest valid checkpoint if there is one.
 
     Args:
-        to_latents: batch images to x_0, on the device.
+        to_latents: a batch's images and noise to x_0, on the device.
         batch_size: images per optimiser step, over everything.
         device_batch_size: most images in one forward pass; a step accumulates over as many as it takes.
         max_grad_norm: gradients are scaled down to this norm; None leaves them as they are.
@@ -120,7 +122,7 @@ class Trainer:
         model: nn.Module,
         objective: Objective,
         batches: Batches,
-        to_latents: Callable[[Tensor], Tensor],
+        to_latents: Callable[[Tensor, Tensor | None], Tensor],
         optimizer: torch.optim.Optimizer,
         checkpoints: CheckpointStore,
         log: MetricsLog,
@@ -195,8 +197,9 @@ class Trainer:
         losses = []
         for start in range(0, self.batch_size, self.device_batch_size):
             part = slice(start, start + self.device_batch_size)
-            x_0 = self.to_latents(batch.images[part].to(self.device, non_blocking=True))
-            y = None if batch.labels is None else batch.labels[part].to(self.device, non_blocking=True)
+            noise = None if batch.noise is None else self._place(batch.noise[part])
+            x_0 = self.to_latents(self._place(batch.images[part]), noise)
+            y = None if batch.labels is None else self._place(batch.labels[part])
             if draws is None:
                 draws = self.objective.draw((self.batch_size, *x_0.shape[1:]), generator)
             mine = draws[part].to(self.device)
@@ -207,6 +210,9 @@ class Trainer:
             self.window.add_losses(terms, mine.t, mine.weight)
             losses.append(terms["loss"].detach())
         self.objective.observe(draws, torch.cat(losses))
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def clip_gradients(self) -> Tensor:
         """Bring the gradient's norm to at most `max_grad_norm`; returns the norm before."""

@@ -58,6 +58,25 @@ def test_the_share_of_the_matrix_rate_is_a_ratio_of_rates():
     assert verdict.value == 0.65 and verdict.met
 
 
+def test_throughput_is_judged_in_any_setting():
+    latents = dataclasses.replace(measured("data", "latents", 1024, 2.0, phase="loading"), items=50_000)
+    ours = dataclasses.replace(measured("data", "photographs", 65536, 2.0, phase="loading"), items=600)
+    theirs = dataclasses.replace(
+        measured("data", "photographs, torchvision", 65536, 1.8, phase="loading"), items=600
+    )
+    verdicts = judged([latents, ours, theirs], dataclasses.replace(REFERENCE, batch_size=2))
+    assert [(v.value, v.goal, v.met) for v in verdicts.values()] == [
+        (25_000, 20_000, True),
+        (300, None, None),
+        (0.9, 1.0, False),
+    ]
+    verdict = judged([latents])["throughput", "", 1024]
+    assert (verdict.value, verdict.goal, verdict.met) == (25_000, 20_000, True)
+    cells = report._verdict_cells(verdict)
+    assert cells[3:] == ("latents", "25,000/s", ">= 20,000/s", "met")
+    assert report._measurement_cells(latents)[-2:] == ("25,000", "")
+
+
 def test_goals_hold_for_the_setting_they_are_stated_for_only():
     for change in ({"batch_size": 2}, {"hidden_size": 64}, {"d_state": 8}, {"precision": "bf16"}):
         verdicts = judged(LAYER, dataclasses.replace(REFERENCE, **change)).values()

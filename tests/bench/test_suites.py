@@ -1,15 +1,19 @@
 """Groups are measured whole; what does not fit is skipped with its reason; every comparison can happen."""
 
 import dataclasses
+import multiprocessing
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from diffussm.bench import suites, workload
+from diffussm.bench import loading, suites, workload
 from diffussm.bench.suites import COMPARISONS, SUITES, run_suites
 from diffussm.bench.workload import Measurement, Setup, Skip, Subject, Workload, measure_group
 from diffussm.config import BENCH_SUITES
+from diffussm.data.images import ImageFolder
 
 TINY = Setup(
     lengths=(16, 64),
@@ -34,8 +38,11 @@ def linear(name="linear", width=8) -> Subject:
     )
 
 
+DATA_SUBJECTS = (loading.LATENTS, loading.FOLDER, loading.TORCHVISION)
+
+
 def test_the_configuration_names_the_suites_there_are():
-    assert set(BENCH_SUITES) == set(SUITES)
+    assert set(BENCH_SUITES) == {*SUITES, "data"}
 
 
 @pytest.mark.parametrize("suite", [name for name in SUITES if name != "xl"])
@@ -53,6 +60,9 @@ def test_every_subject_is_measured_at_every_length_and_phase(suite):
 
 def test_every_comparison_names_subjects_of_its_suite():
     for comparison in COMPARISONS:
+        if comparison.suite == "data":
+            assert {comparison.subject, comparison.against} <= {*DATA_SUBJECTS, ""}
+            continue
         maker, phases, most = SUITES[comparison.suite]
         names = {subject.name for subject in maker(TINY, 16)}
         assert {comparison.subject, comparison.against} <= names | {""}
@@ -107,3 +117,28 @@ def test_what_may_take_too_long_is_skipped_by_the_length_before(monkeypatch):
     assert [type(result) for result in results] == [Measurement, Skip, Skip]
     assert [result.length for result in results] == [16, 64, 256]
     assert "may take 160 s, call_limit_seconds=159" in results[1].reason
+
+
+def test_the_suite_data_counts_what_is_loaded_and_leaves_nothing_behind(monkeypatch, tmp_path):
+    for name, value in {"NUM_LATENTS": 16, "LATENT_BATCH": 8, "LATENT_BATCHES": 3}.items():
+        monkeypatch.setattr(loading, name, value)
+    for name, value in {"NUM_PHOTOGRAPHS": 4, "PHOTOGRAPH_BATCH": 2, "PHOTOGRAPH_BATCHES": 2}.items():
+        monkeypatch.setattr(loading, name, value)
+    monkeypatch.setattr(loading.tempfile, "tempdir", str(tmp_path))
+    results = list(run_suites(["data"], TINY, lambda line: None))
+    assert [(m.subject, m.length, m.items) for m in results] == list(
+        zip(DATA_SUBJECTS, (32 * 32, 256 * 256, 256 * 256), (24, 4, 4), strict=True)
+    )
+    assert all(m.phase == "loading" and m.timing.repetitions == 2 for m in results)
+    assert not list(tmp_path.iterdir()) and not multiprocessing.active_children()
+
+
+def test_both_pipelines_read_the_same_pixels(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "NUM_PHOTOGRAPHS", 4)
+    loading.make_photographs(tmp_path)
+    ours = ImageFolder(tmp_path, loading.RESOLUTION)
+    for index, path in enumerate(sorted(tmp_path.rglob("*.jpg"))):
+        with Image.open(path) as image:
+            assert image.size == loading.PHOTOGRAPH_SIZE
+            theirs = np.asarray(loading._crop_as_adm(image.convert("RGB")))
+        assert np.array_equal(ours[index][0].permute(1, 2, 0).numpy(), theirs)

@@ -1,5 +1,7 @@
-"""Image sources: real digits, folders with and without classes, ADM's crop, and files that are no images."""
+"""Image sources: real digits, folders with and without classes, links, and files that are no images."""
 
+import os
+import pickle
 import shutil
 
 import numpy as np
@@ -8,8 +10,9 @@ import torch
 from PIL import Image
 
 from diffussm.data.autoencoder import IdentityAutoencoder
-from diffussm.data.images import Digits, ImageFolder, center_crop
-from diffussm.runtime.errors import DataError
+from diffussm.data.images import Digits, ImageFolder
+from diffussm.data.packed import PackedStrings
+from diffussm.runtime.errors import BadImage, DataError
 
 
 def test_digits_are_the_real_ones_and_the_splits_share_none():
@@ -62,26 +65,14 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert ImageFolder(tmp_path, resolution=8)[0][0].shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (65, 200), (300, 64), (1000, 777), (10, 30), (127, 128)])
-def test_crop_has_the_asked_size_at_any_size(size):
-    assert center_crop(Image.new("RGB", size), 64).shape == (64, 64, 3)
-
-
-def test_crop_is_adms():
-    """Halve by averaging while twice the target fits, then bicubic, then the middle."""
-    pixels = np.random.default_rng(0).integers(0, 256, (37, 90, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    halved = image.resize((45, 18), Image.Resampling.BOX)  # 37 >= 2 * 16, 18 < 2 * 16
-    scaled = np.array(halved.resize((40, 16), Image.Resampling.BICUBIC))  # 16 / 18 of 45 and of 18
-    assert np.array_equal(center_crop(image, 16), scaled[:, 12:28])
-
-
 def test_what_is_no_image_is_named(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty.jpg").write_bytes(b"")
-    for index in range(2):
-        with pytest.raises(DataError, match=r"(text\.png|empty\.jpg): not a readable image"):
-            ImageFolder(tmp_path, resolution=8)[index]
+    source = ImageFolder(tmp_path, resolution=8)
+    for index, name in enumerate(["empty.jpg", "text.png"]):
+        with pytest.raises(BadImage, match=rf"^{name}: not a readable image") as caught:
+            source[index]
+        assert caught.value.name == source.name_of(index) == name
 
 
 def test_folders_that_cannot_be_data_are_refused(tmp_path, folder):
@@ -121,3 +112,83 @@ def test_the_fingerprint_follows_the_names_not_the_place(folder, tmp_path_factor
     assert ImageFolder(elsewhere, resolution=8).fingerprint == before
     (elsewhere / "dog").rename(elsewhere / "zebra")
     assert ImageFolder(elsewhere, resolution=8).fingerprint != before
+
+
+def test_names_are_paths_below_the_folder_in_order(folder):
+    source = ImageFolder(folder, resolution=8)
+    names = [source.name_of(index) for index in range(len(source))]
+    assert names == [f"{label}/deeper/{index}.png" for label in ("cat", "dog") for index in range(3)]
+    assert source.name_of(-1) == "dog/deeper/2.png" and source[-1][1] == 1
+    with pytest.raises(IndexError):
+        source[6]
+
+
+def test_labels_follow_classes_of_any_size(tmp_path):
+    for label, count in enumerate([3, 1, 2]):
+        (tmp_path / f"class{label}").mkdir()
+        for index in range(count):
+            Image.new("L", (4, 4), 50 * label + index).save(tmp_path / f"class{label}" / f"{index}.bmp")
+    source = ImageFolder(tmp_path, resolution=4)
+    assert [(int(image[0, 0, 0]), label) for image, label in source] == [
+        (0, 0), (1, 0), (2, 0), (50, 1), (100, 2), (101, 2),
+    ]  # fmt: skip
+
+
+def test_links_are_followed_and_circles_end(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    Image.new("RGB", (9, 9)).save(elsewhere / "far.png")
+    (folder / "bird").symlink_to(elsewhere)  # a class folder
+    (folder / "cat" / "more").symlink_to(elsewhere)  # a folder within one
+    (folder / "cat" / "again").symlink_to(elsewhere)
+    (folder / "cat" / "deeper" / "circle").symlink_to(folder / "cat")
+    (folder / "cat" / "up").symlink_to(folder)
+    (folder / "dog" / "near.png").symlink_to(elsewhere / "far.png")
+    source = ImageFolder(folder, resolution=8)
+    assert source.class_names == ["bird", "cat", "dog"]
+    counts = [sum(source.label(index) == label for index in range(len(source))) for label in range(3)]
+    assert counts == [1, 3 + 1, 3 + 1]
+    assert all(source[index][0].shape == (3, 8, 8) for index in range(len(source)))
+
+
+def test_a_link_to_nowhere_is_a_bad_image_not_a_missing_one(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone")
+    source = ImageFolder(tmp_path, resolution=8)
+    assert len(source) == 2
+    with pytest.raises(BadImage, match=r"b\.png: .*No such file"):
+        source[1]
+
+
+def test_hidden_files_and_other_files_are_no_images(folder):
+    for name in ("._0.png", ".DS_Store", "notes.txt", "0.png.part"):
+        (folder / "cat" / "deeper" / name).write_bytes(b"")
+    (folder / "cat" / ".thumbnails").mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "cat" / ".thumbnails" / "0.png")
+    (folder / "cat" / "folder.png").mkdir()
+    assert len(ImageFolder(folder, resolution=8)) == 6
+
+
+def test_folders_that_cannot_be_listed_are_named(folder):
+    (folder / "loop").symlink_to(folder / "loop")
+    with pytest.raises(DataError, match=r"loop: cannot be listed: Too many levels"):
+        ImageFolder(folder)
+
+
+def test_names_need_no_encoding(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"\xff\xe4.png"))  # Latin-1 of old
+    source = ImageFolder(tmp_path, resolution=8)
+    assert source[0][0].shape == (3, 8, 8) and len(source.fingerprint["names_sha256"]) == 64
+
+
+def test_a_million_names_take_little_memory_and_pickle_small(tmp_path):
+    names = PackedStrings(b"n%08d/n%08d_%d.JPEG" % (i, i, i) for i in range(100_000))
+    assert names[99_999] == b"n00099999/n00099999_99999.JPEG" and names[-100_000] == names[0]
+    assert len(names) == 100_000 and len(pickle.dumps(names)) < 40 * len(names)
+    assert len(PackedStrings([])) == 0 and list(map(bytes, PackedStrings([b"", b"a\0", b""]))) == [
+        b"",
+        b"a\0",
+        b"",
+    ]
+    with pytest.raises(IndexError):
+        names[100_000]

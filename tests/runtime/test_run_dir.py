@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -73,3 +74,19 @@ def test_a_second_interrupt_is_immediate():
 def test_missing_parents_are_checked_up_to_one_that_exists(tmp_path: Path):
     RunDirectory(tmp_path / "a" / "b" / "c").check()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_children_do_not_keep_the_lock_of_a_parent_that_is_gone(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    run = RunDirectory(tmp_path / "run")
+    run.open()
+    ended, started = fork.Event(), fork.Event()
+    child = fork.Process(target=lambda: (started.set(), ended.wait(60)))
+    child.start()
+    assert started.wait(60)
+    run.close()  # as its death would
+    again = RunDirectory(tmp_path / "run")
+    again.open()
+    again.close()
+    ended.set()
+    child.join()

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,10 @@ from conftest import SMALL_RUN
 
 from diffussm.build import System, build_source, build_trainer
 from diffussm.compose import compose
-from diffussm.runtime.errors import DivergedError, Preempted, RunDirectoryError, StorageError
+from diffussm.data.autoencoder import IdentityAutoencoder
+from diffussm.runtime.errors import DataError, DivergedError, Preempted, RunDirectoryError, StorageError
 from diffussm.runtime.run_dir import RunDirectory
+from diffussm.runtime.seeding import make_generator
 from diffussm.training.trainer import Periodic, Trainer
 
 
@@ -178,9 +183,100 @@ def test_fp16_resumes_with_its_loss_scale(tmp_path):
     assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
 
 
+def test_loader_workers_killed_in_a_save_and_elsewhere_change_nothing(tmp_path, uninterrupted):
+    notes: list[str] = []
+    trainer = make_trainer(tmp_path, "trainer.num_workers=2", notes=notes)
+    publish, step = trainer.checkpoints.save, trainer.run_step
+
+    def kill_workers() -> None:
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+    def save(*arguments):
+        kill_workers()
+        publish(*arguments)
+
+    def run_step(batch):
+        if trainer.step == 4:
+            kill_workers()
+        step(batch)
+
+    trainer.checkpoints.save, trainer.run_step = save, run_step
+    trainer.run()
+    assert fingerprint(tmp_path) == fingerprint(uninterrupted)
+    assert records(tmp_path) == records(uninterrupted)
+    assert len(notes) >= 2 and all("killed by SIGKILL" in note for note in notes)
+
+
+class PerfectLatents:
+    """A latent set whose x_0 are the digits that the identity would have made."""
+
+    def __init__(self, digits, trouble=None):
+        self.digits, self.trouble, self.checked = digits, trouble, None
+        self.num_classes, self.class_names, self.fingerprint = 10, list("0123456789"), digits.fingerprint
+        self.image_shape = self.latent_shape = (1, 8, 8)
+        self.horizontal_flip, self.max_bad_fraction = False, 0.0
+
+    def __len__(self):
+        return len(self.digits)
+
+    def latents(self, indices, flips, noise):
+        assert noise.shape == (len(indices), 1, 8, 8) and not flips.any()
+        return self.digits.images[indices].float() / 127.5 - 1
+
+    def labels(self, indices):
+        return self.digits.labels[indices]
+
+    def check_autoencoder(self, fingerprint):
+        self.checked = fingerprint
+
+    def check_spread(self):
+        if self.trouble:
+            raise self.trouble
+
+
+def build_on(path: Path, wrap) -> tuple[Trainer, PerfectLatents]:
+    config = compose("train", [*SMALL_RUN, f"run_dir={path}"])
+    source = wrap(build_source(config.data, config.model))
+    system = System(config, source.image_shape, torch.device("cpu"))
+    trainer = build_trainer(system, source, RunDirectory(path), lambda: False, lambda line: None)
+    trainer.periodic = []
+    return trainer, source
+
+
+def test_latents_that_are_ready_pass_the_autoencoder_by(tmp_path, uninterrupted):
+    trainer, source = build_on(tmp_path, PerfectLatents)
+    assert source.checked == {"kind": "identity"}
+    trainer.run()
+    assert fingerprint(tmp_path) == fingerprint(uninterrupted)
+
+
+def test_latents_are_checked_before_anything_is_created(tmp_path):
+    with pytest.raises(DataError, match="spread"):
+        build_on(tmp_path / "run", lambda digits: PerfectLatents(digits, DataError("spread")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stochastic_autoencoder_gets_the_noise_of_its_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(IdentityAutoencoder, "is_stochastic", True)
+    trainer = make_trainer(tmp_path, "trainer.device_batch_size=6", "trainer.total_images=16")
+    seen = []
+
+    def to_latents(images, noise, original=trainer.to_latents):
+        seen.append((len(images), noise))
+        return original(images, None)
+
+    trainer.to_latents = to_latents
+    trainer.run()
+    assert [count for count, _ in seen] == [6, 6, 4]
+    expected = torch.randn((16, 1, 8, 8), generator=make_generator(0, "posterior", 0))
+    assert torch.equal(torch.cat([noise for _, noise in seen]), expected)
+
+
 def poison(trainer: Trainer, steps: set[int]) -> None:
     original = trainer.to_latents
-    trainer.to_latents = lambda images: original(images) * (float("nan") if trainer.step in steps else 1.0)
+    trainer.to_latents = lambda *batch: original(*batch) * (float("nan") if trainer.step in steps else 1.0)
 
 
 def test_a_non_finite_step_is_skipped_counted_and_leaves_no_trace(tmp_path):
