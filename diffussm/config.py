@@ -244,7 +244,7 @@ ROOTS = {
 # Data and autoencoders may move (their fingerprints are checked instead), and what stops a run does not change its
 # result; the others trade time for memory alone.
 FREE_WITHIN_GROUPS = (
-    *(f"data.{key}" for key in ("path", "max_bad_fraction", "check")),
+    *(f"data.{key}" for key in ("path", "max_bad_fraction", "check", "verify")),
     *(f"autoencoder.{key}" for key in ("pretrained", "subfolder", "revision", "batch_size")),
     "model.activation_checkpointing",
 )

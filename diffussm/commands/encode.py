@@ -25,9 +25,9 @@ def run(options: argparse.Namespace) -> int:
     config = compose("encode", options.overrides, options.config_dir)
     if options.print_config:
         return print_config(config)
-    processes = Processes.from_environment()
+    processes, to = Processes.from_environment(), Path(config.to).expanduser()
     if processes.is_first:
-        OwnedDirectory(Path(config.to), "to", "directory").check()
+        OwnedDirectory(to, "to", "directory").check()
     device = processes.own_device(choose_device(config.device))
     with StopRequest() as stop, processes:
         source = construct(config.data, "data")
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         encoding = Encoding(
             source,
             autoencoder.to(device),
-            Path(config.to),
+            to,
             batch_size=config.batch_size,
             dtype=config.dtype,
             shard_size=config.shard_size,

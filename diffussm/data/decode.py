@@ -1,5 +1,6 @@
 """From image files to RGB pixels, and from pixels to the square that models see: the same for every source."""
 
+import errno
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from diffussm.runtime.errors import BadImage
+from diffussm.runtime.errors import BadImage, DataError
 
 # Whoever changes what comes out of `decode` or `center_crop` changes these words too: they tell statistics apart.
 PREPROCESSING = "upright, 8 bits of RGB, transparency over white, ADM's centre crop"
@@ -41,6 +42,7 @@ def decode(content: bytes | Path, name: str | None = None) -> Image.Image:
     Raises:
         BadImage: what cannot be decoded, has more than MAX_PIXELS (a decompression bomb, perhaps), a side
             shorter than MIN_SIDE, or sides more than MAX_ASPECT apart.
+        DataError: a file that the system does not give; a link to nothing is a bad image.
     """
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
@@ -49,7 +51,13 @@ def decode(content: bytes | Path, name: str | None = None) -> Image.Image:
             return _to_rgb(_turn_upright(image))
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly everything on damaged bytes
+    except Exception as error:
+        if _is_of_the_storage(error) and not _is_dangling(content):
+            # To leave the image out, which may be intact, would lose it for good.
+            raise DataError(
+                f"{name or _default_name(content)}: {_reason(content, error)}: mend it, and run it again"
+            ) from error
+        # Pillow's decoders raise nearly everything on damaged bytes.
         raise BadImage(name or _default_name(content), _reason(content, error)) from error
 
 
@@ -116,6 +124,15 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F" or values.min() < 0 or values.max() >= 2**16:
         raise ValueError("pixels of 32 bits, whose range is not known")
     return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _is_of_the_storage(error: Exception) -> bool:
+    """Whether the system did not give the bytes; damaged ones may lead a decoder to places that no file has."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.EOVERFLOW)
+
+
+def _is_dangling(content: bytes | Path) -> bool:
+    return isinstance(content, Path) and content.is_symlink() and not content.exists()
 
 
 def _default_name(content: bytes | Path) -> str:
