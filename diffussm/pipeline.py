@@ -125,6 +125,9 @@ class DiffuSSMPipeline(DiffusionPipeline):
         """model_index.json, refused before anything is imported if it names classes that are not known here."""
         loaded = super().load_config(folder, *args, **kwargs)
         _refuse_foreign_classes(loaded[0] if isinstance(loaded, tuple) else loaded, cls.__name__)
+        if index := sorted(Path(folder).glob("*/*.index.json")):
+            # It may name files of another format, pickles among them, which diffusers then loads.
+            raise ValueError(f"{index[0]}: weights are in one file each: remove it")
         if code := sorted(Path(folder).glob("*/*.py")):
             # A file that bears the name of a component's module is run in its place, by diffusers 0.35 unasked.
             raise ValueError(f"{code[0]}: weights need no code: find out where it comes from and remove it")

@@ -483,3 +483,10 @@ def test_models_that_are_no_pipeline_are_refused(run, tmp_path, monkeypatch, cap
     said = capsys.readouterr().err
     assert f"layout=pipeline: {says}" in said and said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_an_index_of_other_weights_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "pipe")
+    (tmp_path / "pipe" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json: weights are in one file each: remove it"):
+        DiffuSSMPipeline.from_pretrained(tmp_path / "pipe")

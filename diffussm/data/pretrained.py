@@ -51,6 +51,10 @@ class Pretrained:
         if not self.where.is_dir():
             of_config = re.search(r"snapshots/([^/]+)", folder.as_posix())  # as the hub's cache lays them out
             return self._fetch(WEIGHTS_FILE, of_config[1] if of_config else self.revision)
+        if index := sorted(folder.glob("*.index.json")):
+            raise DataError(
+                f"{index[0]}: diffusers would load what it names in the place of {WEIGHTS_FILE}: remove it"
+            )
         if (folder / WEIGHTS_FILE).is_file():
             return folder / WEIGHTS_FILE
         if (folder / PICKLE_FILE).is_file():

@@ -312,3 +312,12 @@ def test_files_of_the_hub_are_of_one_revision(monkeypatch, folder, tmp_path):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", cached)
     assert KLAutoencoder("some/where").fingerprint == KLAutoencoder(folder).fingerprint
     assert revisions == [None, "abc"]
+
+
+def test_an_index_that_names_other_weights_is_refused(tmp_path):
+    """diffusers would follow it, past the file whose hash identifies the autoencoder, and to a pickle too."""
+    make_tiny_vae(tmp_path / "vae")
+    index = tmp_path / "vae" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text("{}")
+    with pytest.raises(DataError, match=f"{index.name}: diffusers would load .*: remove it"):
+        _ = KLAutoencoder(str(tmp_path / "vae")).fingerprint
