@@ -2,13 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from diffussm.build import build_evaluation, build_source, load_weights
+from diffussm.build import System, build_evaluation, build_source, load_weights
 from diffussm.commands import print_config
 from diffussm.commands.from_checkpoint import (
     build_system,
@@ -20,6 +20,7 @@ from diffussm.commands.from_checkpoint import (
     run_path,
 )
 from diffussm.config import SAMPLE_METRICS
+from diffussm.data.images import ImageSource
 from diffussm.data.loader import is_latent_set
 from diffussm.evaluation.evaluator import table
 from diffussm.evaluation.likelihood import chosen_images, measure_images
@@ -60,16 +61,7 @@ def run(options: argparse.Namespace) -> int:
     measures, source = {}, None
     if of_images:
         measures = system.image_measures(system.model, config, of_images)
-        if missing := OmegaConf.missing_keys(config.data):
-            raise ConfigError(f"{missing.pop()}: not set: the run does not tell where images are: add it")
-        given = build_source(config.data, trained.model)
-        if is_latent_set(given):
-            raise ConfigError(
-                f"metrics=[{', '.join(of_images)}]: look at images, and data=latents has none: choose data="
-            )
-        source = given
-        if tuple(source.image_shape) != system.image_shape:
-            raise ConfigError(f"data: gives images of {source.image_shape}, the model knows {system.image_shape}")
+        source = _images(config, trained, system, of_images)
         num_images = min(config.likelihood_images or len(source), len(source))
         request["data"] = {**source.fingerprint, "measured": num_images}
     history = out.with_suffix(".jsonl")
@@ -102,6 +94,20 @@ def run(options: argparse.Namespace) -> int:
     print(table(_rows(results, config)))
     print(f"results      {out}")
     return 0
+
+
+def _images(config: DictConfig, trained: DictConfig, system: System, metrics: Sequence[str]) -> ImageSource:
+    """The images that metrics of the model itself look at."""
+    if missing := OmegaConf.missing_keys(config.data):
+        raise ConfigError(f"{missing.pop()}: not set: the run does not tell where images are: add it")
+    source = build_source(config.data, trained.model)
+    if is_latent_set(source):
+        raise ConfigError(
+            f"metrics=[{', '.join(metrics)}]: look at images, and data=latents has none: choose data="
+        )
+    if tuple(source.image_shape) != system.image_shape:
+        raise ConfigError(f"data: gives images of {source.image_shape}, the model knows {system.image_shape}")
+    return source
 
 
 def _rows(results: Mapping[str, Any], config: DictConfig) -> dict[str, Mapping[str, Any]]:
