@@ -35,6 +35,7 @@ from diffussm.evaluation.likelihood import ImageMeasure
 from diffussm.models import S4D, NoisyClassifier
 from diffussm.models.layers import Denoiser
 from diffussm.report.grid import save_grid
+from diffussm.runtime.distributed import Processes
 from diffussm.runtime.errors import ConfigError, RunDirectoryError, UserError, note
 from diffussm.runtime.run_dir import RunDirectory
 from diffussm.runtime.seeding import derive_seed
@@ -268,15 +269,18 @@ def build_trainer(
     system: System,
     source: ImageSource | LatentSource,
     run: RunDirectory,
+    processes: Processes,
     stop: Callable[[], object],
     warn: Callable[[str], None],
 ) -> Trainer:
-    """Everything that `diffussm train` runs, nothing of it started."""
+    """Everything that `diffussm train` runs in this process, nothing of it started."""
     config, autoencoder = system.config, system.autoencoder
     if is_latent_set(source):
         source.check_autoencoder(autoencoder.fingerprint)
         source.check_spread()
     settings = dict(config.trainer)
+    for launching in ("num_processes", "max_restarts", "timeout_seconds"):
+        del settings[launching]
     sample_every_images = settings.pop("sample_every_images")
     precision = Precision(settings.pop("precision"), system.device)
     store = CheckpointStore(run.checkpoints, settings.pop("keep_checkpoints"), warn)
@@ -287,8 +291,10 @@ def build_trainer(
         with_labels=config.model.num_classes is not None,
         num_workers=settings.pop("num_workers"),
         pin_memory=system.device.type == "cuda",
+        samples=processes.share(config.trainer.batch_size),
         noise_shape=system.latent_shape if autoencoder.is_stochastic else None,
-        bad_files=run.path / "bad_files.jsonl",
+        # Each process finds every bad image sooner or later, and counts for itself.
+        bad_files=run.path / ("bad_files.jsonl" if processes.is_first else f"bad_files_{processes.rank}.jsonl"),
         warn=warn,
     )
 
@@ -311,6 +317,7 @@ def build_trainer(
         config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
         seed=config.seed,
         periodic=_periodic(system, run, sample_every_images),
+        processes=processes,
         stop=stop,
         **settings,
     )

@@ -201,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = MODULES.get(options.verb, options.verb)
         return importlib.import_module(f"diffussm.commands.{module}").run(options)
     except UserError as error:
-        print("diffussm:", *str(error).split(), file=sys.stderr)  # one line, whatever it quotes
+        if not error.is_reported:
+            print("diffussm:", *str(error).split(), file=sys.stderr)  # one line, whatever it quotes
         return error.exit_code
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the exit does not flush into it
