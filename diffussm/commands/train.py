@@ -133,7 +133,9 @@ def _write_failure(directory: RunDirectory, trainer: "Trainer", error: BaseExcep
         return
     if isinstance(error, RunDirectoryError) and not directory.is_open and trainer.processes.is_first:
         return  # it is another run's
-    if isinstance(error, PeerError) and (directory.read_status() or {}).get("state") != "running":
+    if isinstance(error, PeerError) and not trainer.processes.is_first:
+        return
+    if isinstance(error, PeerError) and (directory.read_status() or {}).get("state") == "failed":
         return
     directory.write_status(
         "preempted" if isinstance(error, Preempted) else "failed",

@@ -7,6 +7,7 @@ torch.distributed. With one process everything is there and nothing is waited fo
 
 import contextlib
 import pickle
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -139,6 +140,11 @@ class Processes:
         self._wait(lambda: self._store.check(names), lambda: None)
         return [pickle.loads(bytes.fromhex(self._store.get(each).decode())) for each in names]
 
+    def told_by_first(self, error: UserError) -> UserError:
+        """An error that all processes meet at the same time, to be reported by one."""
+        error.is_reported = not self.is_first
+        return error
+
     def on_first(self, work: Callable[[], T], poll: Callable[[], object] = lambda: None) -> T:
         """What `work` returns in the first process, in every process; a UserError there ends them all."""
         outcome: T | UserError | None = None
@@ -149,8 +155,7 @@ class Processes:
                 outcome = error
         outcome = self.broadcast_object(outcome, poll)
         if isinstance(outcome, UserError):
-            outcome.is_reported = not self.is_first
-            raise outcome
+            raise self.told_by_first(outcome)
         return outcome
 
     def on_all(self, work: Callable[[], T]) -> T:
@@ -164,8 +169,7 @@ class Processes:
         found = self.gather_objects(failure)
         failure = self.broadcast_object(next((error for error in found if error is not None), None))
         if failure is not None:
-            failure.is_reported = not self.is_first
-            raise failure
+            raise self.told_by_first(failure)
         return mine  # type: ignore[return-value]
 
     @contextlib.contextmanager
@@ -177,7 +181,11 @@ class Processes:
             text = str(error)
             if self.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in text.lower()):
                 raise
-            raise self._lost(text.strip().splitlines()[0]) from error
+            raise self._lost(re.sub(r"\[[^]]*\] ?", "", text.strip().splitlines()[0]).split(".")[0]) from error
+
+    def undertake(self, stop: Callable[[], object] = lambda: False) -> "Undertaking":
+        """Begin something long that all processes do; `stop` becomes true when this one has been asked to stop."""
+        return Undertaking(self, self._next_name(), stop)
 
     def close(self) -> None:
         """Part from the others; the first, which may hold the store, goes last."""
@@ -219,3 +227,52 @@ class Processes:
     ) -> None:
         if kind is None:  # after an error nobody can be waited for: the launcher ends the others
             self.close()
+
+
+class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
+    """An undertaking that was given up, by all processes."""
+
+
+class Undertaking:
+    """Something long that all processes do, and that all give up if one is asked to stop before all have done it.
+
+    The first process decides which of both it was. There is no time limit: their work may differ in size.
+    """
+
+    def __init__(self, processes: Processes, name: str, stop: Callable[[], object]) -> None:
+        self.processes, self.name, self.stop = processes, name, stop
+        self._is_done = processes.world_size == 1
+
+    def check(self) -> None:
+        """To be called now and then during the work; raises Interrupted if it is given up."""
+        if self.processes.world_size == 1:
+            if self.stop():
+                raise Interrupted
+            return
+        with self.processes.noticing_losses():
+            self._exchange()
+
+    def finish(self) -> None:
+        """Say that this process has done its part, and wait for the others; raises Interrupted like `check`."""
+        if self._is_done:
+            return
+        self.processes.add(f"{self.name} done", 1)
+        while not self._is_done:
+            with self.processes.noticing_losses():
+                self._is_done = self._exchange()
+            time.sleep(LONGEST_POLL_SECONDS / 10)
+
+    def _exchange(self) -> bool:
+        """Whether all have done it; raises Interrupted if not all will."""
+        count = self.processes.add
+        if self.stop():
+            count(f"{self.name} stop", 1)
+        if self.processes.is_first and not count(f"{self.name} verdict", 0):
+            if count(f"{self.name} done", 0) == self.processes.world_size:
+                count(f"{self.name} verdict", 1)
+            elif count(f"{self.name} stop", 0):
+                count(f"{self.name} verdict", 2)
+        verdict = count(f"{self.name} verdict", 0)
+        if verdict == 2:
+            raise Interrupted
+        return verdict == 1

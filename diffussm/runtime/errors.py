@@ -17,7 +17,7 @@ class UserError(Exception):
     """An end that the command line reports as one line, with the class's exit code."""
 
     exit_code = 1
-    is_reported = False  # whether another process of the job says it
+    is_reported = False  # whether another process of the job says it and writes it down
 
 
 class PeerError(UserError):

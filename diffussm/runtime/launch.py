@@ -120,7 +120,7 @@ class _Job:
         """Hand on signals until all have ended; returns what the first to fail ended with, or a reason given."""
         failure, deadline, forwarded = 0, math.inf, 0
         try:
-            while any(process.poll() is None for process in self.processes):
+            while None in [process.poll() for process in self.processes]:
                 for number in self.received[forwarded:]:
                     forwarded += 1
                     self.send(number)
@@ -140,13 +140,16 @@ class _Job:
 
     def _first_failure(self) -> int:
         """The exit code of a process that has failed, 128 + N after signal N; 0 if none has."""
-        for rank, process in enumerate(self.processes):
-            if process.returncode:
-                code = process.returncode
-                how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                self.loss = f"process {rank} of {len(self.processes)} is lost ({how})"
-                return 128 - code if code < 0 else code
-        return 0
+        # Of several: first those that were killed, whom the others may have missed.
+        failed = sorted(
+            (process.returncode, rank) for rank, process in enumerate(self.processes) if process.returncode
+        )
+        if not failed:
+            return 0
+        code, rank = failed[0]
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self.loss = f"process {rank} of {len(self.processes)} is lost ({how})"
+        return 128 - code if code < 0 else code
 
     def send(self, number: int) -> None:
         """A signal to all that still run."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffussm.runtime.distributed import Processes
+from diffussm.runtime.distributed import Interrupted, Processes, Undertaking
 from diffussm.runtime.errors import (
     ConfigError,
     DivergedError,
@@ -88,13 +88,13 @@ class Objective(Protocol):
 class Periodic:
     """Something to do with the averaged model every so many images and at the end (None: only then).
 
-    All processes do it together. What `action(model, images)` returns in the first of them is logged. It must
-    leave torch's global state as it finds it.
+    All processes do it together. What `action(model, images, undertaking)` returns in the first of them is logged.
+    It must leave torch's global state as it finds it.
     """
 
     name: str
     every_images: int | None
-    action: Callable[[nn.Module, int], Mapping[str, Any]]
+    action: Callable[[nn.Module, int, Undertaking], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -293,9 +293,11 @@ class Trainer:
         self.precision.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise DivergedError(
-                f"gradients were not finite in {self.skipped_in_a_row} steps on end, up to step {self.step}: "
-                "lower optimizer.lr, set trainer.max_grad_norm, or choose trainer.precision=fp32"
+            raise self.processes.told_by_first(
+                DivergedError(
+                    f"gradients were not finite in {self.skipped_in_a_row} steps on end, up to step {self.step}: "
+                    "lower optimizer.lr, set trainer.max_grad_norm, or choose trainer.precision=fp32"
+                )
             )
 
     def set_learning_rate(self) -> None:
@@ -326,7 +328,9 @@ class Trainer:
         if self.is_stopping and not ended:
             if not saving:
                 self.save(say)
-            raise Preempted(f"stopped by signal at {self.images:,} images with a full checkpoint: run it again")
+            raise self.processes.told_by_first(
+                Preempted(f"stopped by signal at {self.images:,} images with a full checkpoint: run it again")
+            )
 
     def catch_up(self) -> None:
         """Do what is pending, as far as it goes before a stop."""
@@ -340,6 +344,10 @@ class Trainer:
         """The last pictures and evaluations; harmless to repeat."""
         for periodic in self.periodic:
             self._perform(periodic)
+            if self.is_stopping:
+                raise self.processes.told_by_first(
+                    Preempted(f"stopped by signal after the last step, in its {periodic.name}: run it again")
+                )
 
     def metrics(self) -> dict[str, Any]:
         """The record of the steps since the last one."""
@@ -460,8 +468,14 @@ class Trainer:
         return self.images // every_images > (self.images - self.batch_size) // every_images
 
     def _perform(self, periodic: Periodic) -> None:
-        result = periodic.action(self.averages.first, self.images)
-        if result:
+        undertaking = self.processes.undertake(self.stop)
+        result: Mapping[str, Any] = {}
+        try:
+            result = periodic.action(self.averages.first, self.images, undertaking)
+            undertaking.finish()
+        except Interrupted:
+            self.is_stopping = True
+        if result and not self.is_stopping:
             self._log({"images": self.images, "step": self.step, periodic.name: dict(result)})
         self.window.restart_clock()
 

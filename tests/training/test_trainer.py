@@ -366,7 +366,7 @@ def test_periodic_actions_run_on_crossings_and_once_at_the_end_without_touching_
     trainer = make_trainer(tmp_path)
     calls = []
 
-    def action(model, images):
+    def action(model, images, undertaking):
         assert not model.training
         calls.append(images)
         return {"value": images}
