@@ -102,6 +102,8 @@ def test_two_processes_encode_the_same_set_byte_for_byte(folder, whole, tmp_path
     assert process.returncode == 0, said
     assert "processes    2" in said and out.count("37 images as latents") == 1
     assert manifest_hash(tmp_path / "set") == manifest_hash(whole)
+    records = (json.loads(path.read_text()) for path in (tmp_path / "set/shards").glob("*.json"))
+    assert [record["process"] for record in records].count(1) == 5
     assert (tmp_path / "set/bad_files.jsonl").read_text() == (whole / "bad_files.jsonl").read_text()
 
 

@@ -242,6 +242,59 @@ def test_too_many_bad_images_stop_the_work_with_counts(photographs, tmp_path):
     assert len(encode(photographs, PatchProjection(), tmp_path / "set")) == 37  # the fraction was raised
 
 
+def test_bad_images_of_finished_shards_count_after_a_restart(photographs, tmp_path):
+    strict = ImageFolder(photographs.root, 32, max_bad_fraction=0.05)  # two of 40
+    for _ in range(2):  # the second time, one of three is in a shard that is finished
+        with pytest.raises(DataError, match=r"3 of 40 images cannot be read so far"):
+            encode(strict, PatchProjection(), tmp_path / "set")
+        listed = (tmp_path / "set" / "bad_files.jsonl").read_text().splitlines()
+        assert [json.loads(line)["file"] for line in listed] == [
+            "china/002.png",
+            "china/017.png",
+            "flower/003.png",
+        ]
+    assert len(list((tmp_path / "set" / "shards").glob("*.json"))) == 2
+
+
+class Counting(PatchProjection):
+    """Counts the images that it encodes, each of which comes twice."""
+
+    count = 0
+
+    def encode(self, images):
+        self.count += len(images)
+        return super().encode(images)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_image_that_has_been_mended_is_in_the_set(photographs, tmp_path, num_workers):
+    folder = Path(shutil.copytree(photographs.root, tmp_path / "images"))
+    strict, lax = (ImageFolder(folder, 32, max_bad_fraction=fraction) for fraction in (0.05, 0.1))
+    with pytest.raises(DataError, match=r"mend those in .*bad_files\.jsonl and run it again"):
+        encode(strict, PatchProjection(), tmp_path / "set", num_workers=num_workers)
+    first, second = ((tmp_path / "set" / "shards" / f"00000{shard}.json") for shard in (0, 1))
+    assert first.exists() and second.exists()
+    before = second.stat().st_mtime_ns
+    shutil.copy(folder / "china" / "003.png", folder / "china" / "002.png")
+    autoencoder, seen = Counting(), []
+    encoding = Encoding(strict, autoencoder, tmp_path / "set", batch_size=3, shard_size=8, num_workers=num_workers)
+    encoding.open()
+    assert encoding.num_done == 16
+    latents = encoding.run(seen.append)
+    encoding.close()
+    assert autoencoder.count == 2 * (8 + 6 + 8 + 8) and second.stat().st_mtime_ns == before
+    assert min(seen) == -8 + 3 and max(seen) + encoding.num_done == 40
+    assert len(latents) == 38 and latents.manifest["num_bad_files"] == 2
+    anew = encode(lax, PatchProjection(), tmp_path / "anew")
+    assert anew.fingerprint == latents.fingerprint
+    before = {path: path.stat().st_mtime_ns for path in latents.path.rglob("*")}
+    shutil.copy(folder / "china" / "003.png", folder / "china" / "017.png")
+    encode(strict, autoencoder, latents.path)  # what is complete stays
+    kept = latents.path / "manifest.json", *(latents.path / "shards").iterdir()
+    assert all(path.stat().st_mtime_ns == before[path] for path in kept[1:])
+    assert LatentSet(latents.path).fingerprint == anew.fingerprint
+
+
 def test_nothing_readable_is_no_set(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_text("no image")
