@@ -6,6 +6,7 @@ know their shapes, scale and shift from config.json alone, and load weights at t
 """
 
 import contextlib
+import importlib.metadata
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -126,7 +127,7 @@ class FrozenAutoencoder(ABC):
                 raise ValueError(f"{key}={value}: must be at least 1, or null for what config.json says")
         self.files = Pretrained("autoencoder.pretrained", pretrained, subfolder, revision, self.class_name)
         self._scale, self._shift, self._told = scale, shift, {"latent_channels": latent_channels, "factor": factor}
-        self.precision, self.batch_size, self.tile = precision, batch_size, tile
+        self._precision, self.batch_size, self.tile = precision, batch_size, tile
         self.device = torch.device("cpu")
 
     @cached_property
@@ -182,6 +183,24 @@ class FrozenAutoencoder(ABC):
             "factor": self.config["factor"],
         }
 
+    @cached_property
+    def precision(self) -> str:
+        """Of weights and activations, after what config.json says."""
+        if self._precision == "fp16" and self.files.config.get("force_upcast"):
+            note("autoencoder.precision=fp16: its config.json asks for more (force_upcast): it works in fp32")
+            return "fp32"
+        return self._precision
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """Which of the possible latents of an image it gives."""
+        return {"precision": self.precision, "tile": self.tile}
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """What else the last bits of latents depend on."""
+        return {"diffusers": importlib.metadata.version("diffusers"), "autoencoder.batch_size": self.batch_size}
+
     def latent_shape(self, image_shape: Shape) -> Shape:
         """(C, H, W) of the latents of such images; ConfigError names the key if there are none."""
         channels, height, width = image_shape
@@ -216,9 +235,6 @@ class FrozenAutoencoder(ABC):
     def network(self) -> Any:
         """The network of diffusers, loaded at first use; DataError if its file is missing or not whole."""
         network = self._load()
-        if self.precision == "fp16" and self.files.config.get("force_upcast"):
-            note("autoencoder.precision=fp16: its config.json asks for more (force_upcast): it works in fp32")
-            self.precision = "fp32"
         if self.tile is not None:
             self._enable_tiling(network, self.tile)
         with _quiet():

@@ -45,7 +45,11 @@ from diffussm.runtime.run_dir import OwnedDirectory, atomic_file, sync_directory
 
 
 class Encoder(Protocol):
-    """The part of an autoencoder that latents come from."""
+    """The part of an autoencoder that latents come from.
+
+    It may tell more: by `encoding`, which settings change what it gives; by `rounding`, what only the last bits of
+    that depend on.
+    """
 
     scale: float
     shift: float
@@ -99,6 +103,7 @@ class Encoding:
                     "source": dict(source.fingerprint),
                     "image_shape": source.image_shape,
                     "autoencoder": dict(autoencoder.fingerprint),
+                    "encoding": getattr(autoencoder, "encoding", {}),
                     "scale": autoencoder.scale,
                     "shift": autoencoder.shift,
                     "latent_shape": (channels, *sides),
@@ -108,6 +113,16 @@ class Encoding:
                 }
             )
         )
+
+    @property
+    def encoded_with(self) -> dict[str, Any]:
+        """What does not change the request, but perhaps the last bits of its result; nothing that tells where."""
+        return {
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "batch_size": self.batch_size,
+            **getattr(self.autoencoder, "rounding", {}),
+        }
 
     @property
     def num_bytes(self) -> int:
@@ -257,6 +272,7 @@ class Encoding:
             labels=labels,
             bad=bad,
             process=self.processes.rank,
+            encoded_with=self.encoded_with,
         )
         self.shards.finish(shard, record)
 
@@ -319,6 +335,7 @@ class Encoding:
         values = len(labels) * 2 * int(np.prod(self.request["latent_shape"]))
         mean = sum(record.sum for record in records) / values
         variance = sum(record.sum_of_squares for record in records) / values - mean**2
+        ways = [record.encoded_with for record in records]
         manifest = {
             "format_version": FORMAT_VERSION,
             **self.request,
@@ -326,6 +343,7 @@ class Encoding:
             "num_bad_files": len(bad),
             "num_classes": self.source.num_classes,
             "class_names": list(self.source.class_names),
+            "encoded_with": [one for place, one in enumerate(ways) if one not in ways[:place]],
             "spread": {"mean": mean, "std": max(variance, 0.0) ** 0.5},
             "labels": {"size": len(content.getvalue()), "sha256": hashlib.sha256(content.getvalue()).hexdigest()},
             "shards": [{"count": one.count, "size": one.size, "sha256": one.sha256} for one in records],

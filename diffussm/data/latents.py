@@ -1,6 +1,7 @@
 """Latents of a whole data set, encoded once: moments of the posterior of both mirror images, and their reader.
 
-    manifest.json    everything below with its SHA-256, the autoencoder, the source, the request; written last
+    manifest.json    everything below with its SHA-256, the autoencoder, the source, the request, and in
+                     "encoded_with" all versions, devices and batch sizes that shards came from; written last
     labels.npy       int64 (N,); -1 where there is no label
     bad_files.jsonl  {"file": name, "reason": text} of every image that could not be read
     shards/000000.npy  float16 or float32 (n, 2, K, h, w): image and mirror image; K = 2c channels, mean and then

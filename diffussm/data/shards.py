@@ -32,6 +32,7 @@ class ShardRecord:
         size: of the file, in bytes.
         sum: expectation of the sum of its scaled latents; `sum_of_squares` likewise.
         process: the rank of who encoded it.
+        encoded_with: what the last bits depend on.
     """
 
     count: int
@@ -42,6 +43,7 @@ class ShardRecord:
     labels: Sequence[int]
     bad: Sequence[BadEntry]
     process: int
+    encoded_with: Mapping[str, Any]
 
 
 class Shards:

@@ -15,8 +15,15 @@ class PatchProjection:
     """A fixed random linear projection of 8x8 patches to the mean and log-variance of `channels` channels."""
 
     def __init__(
-        self, seed: int = 0, scale: float = 2.0, channels: int = 4, posterior: bool = True, delay: float = 0.0
+        self,
+        seed: int = 0,
+        scale: float = 2.0,
+        channels: int = 4,
+        posterior: bool = True,
+        delay: float = 0.0,
+        tile: int | None = None,
     ) -> None:
+        self.encoding, self.rounding = {"precision": "fp32", "tile": tile}, {"autoencoder.batch_size": 8}
         self.scale, self.shift, self.channels, self.is_stochastic, self.delay = (
             scale, 0.1, channels, posterior, delay,
         )  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 
+import diffusers
 import pytest
 import torch
 from data.tiny_vae import make_tiny_dc, make_tiny_vae
@@ -121,8 +122,10 @@ def test_other_precisions_are_used_when_asked_for(folder, tmp_path, capsys):
     assert not close(found, latents, 1e-4) and close(found, latents, 0.1)
     assert KLAutoencoder(folder, precision="fp16").network.dtype == torch.float16
     upcast = KLAutoencoder(make_tiny_vae(tmp_path, force_upcast=True), precision="fp16")
-    assert upcast.network.dtype == torch.float32
-    assert "autoencoder.precision=fp16" in capsys.readouterr().err
+    assert upcast.encoding["precision"] == "fp32" and upcast.network.dtype == torch.float32
+    assert capsys.readouterr().err.count("autoencoder.precision=fp16") == 1
+    assert rough.encoding == {"precision": "bf16", "tile": 1024}
+    assert rough.rounding == {"diffusers": diffusers.__version__, "autoencoder.batch_size": 8}
 
 
 def test_an_overflow_is_not_drawn(folder):

@@ -108,6 +108,17 @@ def test_the_manifest_tells_what_the_set_is(encoded, photographs):
     assert encoded.check_spread() == pytest.approx(manifest["spread"]["std"], rel=0.1)
 
 
+def test_the_manifest_tells_with_what_shards_were_encoded(photographs, encoded, tmp_path):
+    usual = {"torch": torch.__version__, "device": "cpu", "batch_size": 3, "autoencoder.batch_size": 8}
+    assert encoded.manifest["encoding"] == {"precision": "fp32", "tile": None}
+    assert encoded.manifest["encoded_with"] == [usual]
+    shutil.copytree(encoded.path, tmp_path / "set")
+    for name in ("manifest.json", "shards/000000.json", "shards/000003.json"):
+        (tmp_path / "set" / name).unlink()
+    found = encode(photographs, PatchProjection(), tmp_path / "set", batch_size=5)
+    assert found.manifest["encoded_with"] == [{**usual, "batch_size": 5}, usual]
+
+
 def test_a_set_can_be_sent_to_another_process_and_says_who_it_is_wherever_it_lies(encoded, tmp_path):
     flips, noise = torch.tensor([True, False]), torch.randn(2, 4, 4, 4)
     before = encoded.latents([5, 30], flips, noise)
@@ -328,6 +339,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(photographs, encode
         ({"autoencoder": PatchProjection(seed=1)}, "autoencoder.sha256"),
         ({"autoencoder": PatchProjection(scale=3.0)}, "autoencoder.scale: 2.0 there, 3.0 here"),
         ({"resolution": 24}, r"image_shape: \[3, 32, 32\] there, \[3, 24, 24\] here"),
+        ({"autoencoder": PatchProjection(tile=32)}, "encoding.tile: None there, 32 here"),
         ({"dtype": "fp32"}, "dtype: fp16 there, fp32 here"),
         ({"shard_size": 4}, "shard_size: 8 there, 4 here"),
     ],
