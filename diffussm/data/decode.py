@@ -11,7 +11,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from diffussm.runtime.errors import BadImage, DataError
 
-# Whoever changes what comes out of `decode` or `center_crop` changes these words too: they tell statistics apart.
+# Whoever changes what comes out of `decode` or `center_crop` raises this: it tells data sets apart.
+DECODING_VERSION = 1
+CROP = f"adm_center v{DECODING_VERSION}"
+# And changes these words too: they tell statistics apart.
 PREPROCESSING = "upright, 8 bits of RGB, transparency over white, ADM's centre crop"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # and no EPS: Pillow has programs run it
 MAX_PIXELS = 2**27  # half a gigabyte when decoded

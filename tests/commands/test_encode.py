@@ -17,6 +17,7 @@ import pytest
 from data.stand_ins import crop_photographs, damage
 
 from diffussm.cli import main
+from diffussm.data import images
 from diffussm.data.latents import LatentSet
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -160,6 +161,13 @@ def test_a_second_writer_is_refused(folder, whole, capsys):
         assert main(arguments(folder, whole)) == 73
     shown = capsys.readouterr().err
     assert "another process is using it" in shown and shown.count("\n") == 1
+
+
+def test_images_that_are_decoded_otherwise_make_another_set(folder, whole, capsys, monkeypatch):
+    assert json.loads((whole / "manifest.json").read_text())["source"]["crop"] == images.CROP
+    monkeypatch.setattr(images, "CROP", "adm_center v2")
+    assert main(arguments(folder, whole)) == 73
+    assert "source.crop: adm_center v1 there, adm_center v2 here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from diffussm.data.decode import center_crop, decode
 from diffussm.data.fake import Fake
 from diffussm.data.huggingface import HuggingFace
-from diffussm.data.images import Digits, ImageFolder
+from diffussm.data.images import Digits, ImageFolder, Photographs
 from diffussm.runtime.errors import BadImage, ConfigError, DataError
 
 
@@ -62,6 +62,7 @@ def test_a_source_keeps_the_contract(source, tmp_path):
     assert json.loads(json.dumps(source.fingerprint)) == source.fingerprint
     assert source.fingerprint["image_shape"] == list(source.image_shape)
     assert str(tmp_path) not in json.dumps(source.fingerprint)
+    assert (source.fingerprint.get("crop") == "adm_center v1") == isinstance(source, Photographs)
     names = [source.name_of(index) for index in range(len(source))]
     assert len(set(names)) == len(source) > 0 and not any(name.startswith("/") for name in names)
     labels = set()
