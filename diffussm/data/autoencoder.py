@@ -173,10 +173,11 @@ class FrozenAutoencoder(ABC):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Its weights and whatever else decides what latents mean; precision and tiles are rounding to it."""
+        """Its network and whatever else decides what latents mean; precision and tiles are rounding to it."""
         return {
             "kind": type(self).__name__,
             "sha256": self.files.sha256,
+            "config_sha256": self.files.architecture_sha256,
             "scale": self.scale,
             "shift": self.shift,
             "latent_channels": self.config["latent_channels"],

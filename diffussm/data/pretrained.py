@@ -18,6 +18,7 @@ from diffussm.runtime.errors import DataError, note
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 PICKLE_FILE = "diffusion_pytorch_model.bin"
+NO_ARCHITECTURE = ("scaling_factor", "shift_factor", "force_upcast", "sample_size")  # in config.json
 FILES = f"{CONFIG_FILE} and {WEIGHTS_FILE}"
 HUB_TIMEOUT_SECONDS = 5
 
@@ -70,6 +71,17 @@ class Pretrained:
         """Of the file of weights; remembered as long as the file does not change."""
         status = self.weights.stat()
         return _sha256(self.weights, status.st_size, status.st_mtime_ns)
+
+    @property
+    def architecture_sha256(self) -> str:
+        """Of what config.json says of the network, which the same weights may be run through otherwise."""
+        told = {
+            key: value
+            for key, value in self.config.items()
+            if not key.startswith("_") and key not in NO_ARCHITECTURE
+        }
+        canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
     def _config_file(self) -> Path:

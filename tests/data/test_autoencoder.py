@@ -207,6 +207,25 @@ def test_fingerprints_tell_what_decides_latents_and_not_where_it_lies(folder, tm
     assert mine == KLAutoencoder(other).fingerprint != before
 
 
+def test_fingerprints_follow_the_architecture_and_an_exported_copy_keeps_them(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "vae")
+    config = tmp_path / "vae" / "config.json"
+    described = json.loads(config.read_text())
+    mine = KLAutoencoder(folder).fingerprint
+    config.write_text(json.dumps({**described, "act_fn": "relu"}))
+    other = KLAutoencoder(tmp_path / "vae").fingerprint
+    assert {key for key in mine if mine[key] != other[key]} == {"config_sha256"}
+    told = {"_name_or_path": "x", "_diffusers_version": "0", "sample_size": 9, "force_upcast": True}
+    config.write_text(json.dumps(dict(reversed({**described, **told}.items()))))
+    assert KLAutoencoder(tmp_path / "vae").fingerprint == mine
+
+    given = KLAutoencoder(tmp_path / "vae", scale=0.3, shift=-1.0)
+    (tmp_path / "copy").mkdir()
+    for name, content in given.written_out().items():
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert KLAutoencoder(tmp_path / "copy").fingerprint == given.fingerprint
+
+
 def test_a_folder_of_a_whole_pipeline_is_searched(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "vae")
     shutil.copytree(folder, tmp_path / "fine" / "tuned")
