@@ -93,6 +93,7 @@ class Encoding:
         self.dtype = DTYPES[dtype]
         channels, *sides = autoencoder.latent_shape(source.image_shape)
         self.row_shape = ((2 if autoencoder.is_stochastic else 1) * channels, *sides)
+        self.images_per_row = 2 if source.horizontal_flip else 1
         self.directory = OwnedDirectory(path, "to", "directory")
         self.shards = Shards(path, len(source), shard_size)
         self.num_done = 0
@@ -108,6 +109,7 @@ class Encoding:
                     "shift": autoencoder.shift,
                     "latent_shape": (channels, *sides),
                     "posterior": autoencoder.is_stochastic,
+                    "flips": source.horizontal_flip,
                     "dtype": dtype,
                     "shard_size": shard_size,
                 }
@@ -127,7 +129,8 @@ class Encoding:
     @property
     def num_bytes(self) -> int:
         """What the whole set takes, roughly."""
-        return len(self.source) * 2 * int(np.prod(self.row_shape)) * self.dtype.itemsize
+        values = self.images_per_row * int(np.prod(self.row_shape))
+        return len(self.source) * values * self.dtype.itemsize
 
     def open(self) -> bool:
         """Take the directory for all processes of the job; returns whether the set is complete already.
@@ -281,16 +284,17 @@ class Encoding:
         description = {
             "descr": np.lib.format.dtype_to_descr(self.dtype),
             "fortran_order": False,
-            "shape": (count, 2, *self.row_shape),
+            "shape": (count, self.images_per_row, *self.row_shape),
         }
         np.lib.format.write_array_header_1_0(stream, description)  # leaves room for a longer count
         return stream.getvalue()
 
     @torch.no_grad()
     def _moments(self, batch: Images) -> np.ndarray:
-        """(n, 2, K, h, w) as they are stored. DataError names the first image whose are not finite."""
+        """(n, 1 or 2, K, h, w) as they are stored. DataError names the first image whose are not finite."""
         images = batch.images.to(self.device)
-        passes = [self.autoencoder.encode(pixels).float().cpu() for pixels in (images, images.flip(-1))]
+        mirrored = (images, images.flip(-1))[: self.images_per_row]
+        passes = [self.autoencoder.encode(pixels).float().cpu() for pixels in mirrored]
         moments = torch.stack(passes, dim=1)
         channels = self.row_shape[0]
         assert moments.shape[2:] == self.row_shape or not self.autoencoder.is_stochastic
@@ -332,7 +336,7 @@ class Encoding:
         content = io.BytesIO()
         np.lib.format.write_array(content, labels, version=(1, 0))
         write_atomically(self.path / LABELS, content.getvalue())
-        values = len(labels) * 2 * int(np.prod(self.request["latent_shape"]))
+        values = len(labels) * self.images_per_row * int(np.prod(self.request["latent_shape"]))
         mean = sum(record.sum for record in records) / values
         variance = sum(record.sum_of_squares for record in records) / values - mean**2
         ways = [record.encoded_with for record in records]

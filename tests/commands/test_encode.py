@@ -22,7 +22,7 @@ from diffussm.data.latents import LatentSet
 
 TESTS = Path(__file__).resolve().parents[1]
 GROUPS = {
-    "autoencoder/patches": "_target_: data.stand_ins.PatchProjection\nscale: 2.0\ndelay: 0.0\n",
+    "autoencoder/patches": "_target_: data.stand_ins.PatchProjection\nscale: 2.0\ndelay: 0.0\ntile: null\n",
 }
 OPTIONS = ("autoencoder=patches", "device=cpu", "batch_size=3", "shard_size=4", "num_workers=1")
 
@@ -175,6 +175,8 @@ def test_images_that_are_decoded_otherwise_make_another_set(folder, whole, capsy
     [
         ("autoencoder.scale=3", "scale: 2.0 there, 3.0 here"),
         ("data.resolution=24", "image_shape: [3, 32, 32] there, [3, 24, 24] here"),
+        ("data.horizontal_flip=false", "flips: True there, False here"),
+        ("autoencoder.tile=32", "encoding.tile: None there, 32 here"),
         ("dtype=fp32", "dtype: fp16 there, fp32 here"),
         ("shard_size=8", "shard_size: 4 there, 8 here"),
     ],

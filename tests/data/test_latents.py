@@ -16,7 +16,9 @@ from torch import Tensor
 from diffussm.data.encoding import Encoding
 from diffussm.data.images import ImageFolder
 from diffussm.data.latents import LatentSet, sample_posterior
+from diffussm.data.loader import BatchLoader
 from diffussm.runtime.errors import DataError, RunDirectoryError, StorageError
+from diffussm.runtime.seeding import make_generator
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,42 @@ def test_the_manifest_tells_what_the_set_is(encoded, photographs):
     assert manifest["spread"]["mean"] == pytest.approx(x_0.mean())
     assert manifest["spread"]["std"] == pytest.approx((x_0.var() + (variance * 4).mean()) ** 0.5)
     assert encoded.check_spread() == pytest.approx(manifest["spread"]["std"], rel=0.1)
+
+
+class Counting(PatchProjection):
+    """Counts the images that it encodes."""
+
+    count = 0
+
+    def encode(self, images):
+        self.count += len(images)
+        return super().encode(images)
+
+
+def test_a_set_without_mirror_images_takes_half_the_space(photographs, encoded, tmp_path):
+    source = ImageFolder(photographs.root, 32, horizontal_flip=False, max_bad_fraction=0.1)
+    autoencoder = Counting()
+    plain = encode(source, autoencoder, tmp_path / "set")
+    assert autoencoder.count == 37 and plain.manifest["flips"] is False and encoded.manifest["flips"] is True
+    assert np.load(plain.path / "shards/000000.npy").shape == (7, 1, 8, 4, 4)
+    noise, none = torch.randn(37, 4, 4, 4), torch.zeros(37, dtype=torch.bool)
+    assert torch.equal(plain.latents(range(37), none, noise), encoded.latents(range(37), none, noise))
+    assert plain.check_spread() == pytest.approx(plain.manifest["spread"]["std"], rel=0.1)
+    assert (plain.horizontal_flip, encoded.horizontal_flip) == (False, True)
+    assert LatentSet(encoded.path, horizontal_flip=False).horizontal_flip is False
+    with pytest.raises(ValueError, match=r"^horizontal_flip=true: .* holds no mirror images: set it to null, or"):
+        LatentSet(plain.path, horizontal_flip=True)
+    batch = next(BatchLoader(plain, 37, seed=0, with_labels=True).starting_at(0))
+    order = torch.randperm(37, generator=make_generator(0, "epoch", 0))
+    expected = torch.randn(37, 4, 4, 4, generator=make_generator(0, "posterior", 0))
+    assert torch.equal(batch.images, plain.latents(order, none, expected))
+
+
+def test_a_set_that_does_not_tell_of_mirror_images_has_them(encoded, tmp_path):
+    shutil.copytree(encoded.path, tmp_path / "set")
+    manifest = {key: value for key, value in encoded.manifest.items() if key != "flips"}
+    (tmp_path / "set" / "manifest.json").write_text(json.dumps(manifest))
+    assert LatentSet(tmp_path / "set", horizontal_flip=True).horizontal_flip is True
 
 
 def test_the_manifest_tells_with_what_shards_were_encoded(photographs, encoded, tmp_path):
@@ -267,16 +305,6 @@ def test_bad_images_of_finished_shards_count_after_a_restart(photographs, tmp_pa
     assert len(list((tmp_path / "set" / "shards").glob("*.json"))) == 2
 
 
-class Counting(PatchProjection):
-    """Counts the images that it encodes, each of which comes twice."""
-
-    count = 0
-
-    def encode(self, images):
-        self.count += len(images)
-        return super().encode(images)
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_image_that_has_been_mended_is_in_the_set(photographs, tmp_path, num_workers):
     folder = Path(shutil.copytree(photographs.root, tmp_path / "images"))
@@ -338,9 +366,10 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(photographs, encode
     [
         ({"autoencoder": PatchProjection(seed=1)}, "autoencoder.sha256"),
         ({"autoencoder": PatchProjection(scale=3.0)}, "autoencoder.scale: 2.0 there, 3.0 here"),
-        ({"resolution": 24}, r"image_shape: \[3, 32, 32\] there, \[3, 24, 24\] here"),
+        ({"source": {"resolution": 24}}, r"image_shape: \[3, 32, 32\] there, \[3, 24, 24\] here"),
         ({"autoencoder": PatchProjection(tile=32)}, "encoding.tile: None there, 32 here"),
         ({"dtype": "fp32"}, "dtype: fp16 there, fp32 here"),
+        ({"source": {"horizontal_flip": False}}, "flips: True there, False here"),
         ({"shard_size": 4}, "shard_size: 8 there, 4 here"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -348,7 +377,8 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(photographs, encode
 def test_another_request_is_refused_with_both_sides_named(photographs, encoded, options, says):
     before = {path: path.stat().st_mtime_ns for path in encoded.path.rglob("*")}
     options = dict(options)
-    source = ImageFolder(photographs.root, options.pop("resolution", 32), max_bad_fraction=0.1)
+    of_source = {"resolution": 32, **options.pop("source", {})}
+    source = ImageFolder(photographs.root, **of_source, max_bad_fraction=0.1)
     with pytest.raises(RunDirectoryError, match=says):
         encode(source, options.pop("autoencoder", PatchProjection()), encoded.path, **options)
     assert {path: path.stat().st_mtime_ns for path in encoded.path.rglob("*")} == before
