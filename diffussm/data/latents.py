@@ -37,6 +37,10 @@ DTYPES: dict[str, np.dtype] = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4")}
 SPREAD_ROWS = 256
 SPREAD_RANGE = (0.2, 5.0)
 SPREAD_TOLERANCE = 0.25  # relative; that of SPREAD_ROWS images may differ so much from that of all
+_CHOICES = {  # by the kind of autoencoder that the manifest tells of
+    "KLAutoencoder": "add autoencoder=kl autoencoder.pretrained=DIR, or a preset such as sd_vae_ft_ema",
+    "DCAutoencoder": "add autoencoder=dc_ae, and autoencoder.pretrained=DIR where it is elsewhere",
+}
 _AGAIN = "delete it and manifest.json, and run the same `diffussm encode` again, which redoes what is missing"
 
 
@@ -162,10 +166,17 @@ class LatentSet:
 
     def check_autoencoder(self, fingerprint: Mapping[str, Any]) -> None:
         """Refuse, naming both sides, an autoencoder that is not the one these latents come from."""
-        if found := differences(self.manifest["autoencoder"], fingerprint):
+        theirs = self.manifest["autoencoder"]
+        if theirs.get("kind") != fingerprint.get("kind"):
+            found = differences({"kind": theirs.get("kind")}, {"kind": fingerprint.get("kind")})
+            choice = _CHOICES.get(str(theirs.get("kind")), "choose that autoencoder=")
+        else:
+            found = differences(theirs, fingerprint)
+            choice = "choose the one that encoded them"
+        if found:
             raise DataError(
-                f"data.path={self.path}: latents of another autoencoder ({'; '.join(found)}): choose the one that "
-                "encoded them, or encode the images again"
+                f"data.path={self.path}: latents of another autoencoder ({'; '.join(found)}): {choice}, or encode "
+                "the images again"
             )
 
     def check_spread(self) -> float:

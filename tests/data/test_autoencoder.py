@@ -233,6 +233,12 @@ def test_a_folder_of_a_whole_pipeline_is_searched(folder, tmp_path):
     for subfolder in ("vae", None, "fine/tuned"):
         assert KLAutoencoder(tmp_path, subfolder=subfolder).fingerprint == KLAutoencoder(folder).fingerprint
     assert KLAutoencoder(tmp_path / "vae", subfolder="vae").scale == SCALE
+    with pytest.raises(
+        DataError, match=r"autoencoder\.subfolder=vea: no config\.json in .*/vea: set it to null for"
+    ):
+        KLAutoencoder(tmp_path, subfolder="vea").scale  # noqa: B018
+    with pytest.raises(DataError, match=r"autoencoder\.subfolder=fine: no config\.json in .*/fine: put"):
+        KLAutoencoder(tmp_path / "fine", subfolder="fine").scale  # noqa: B018
     with pytest.raises(DataError, match="of AutoencoderKL, not AutoencoderDC"):
         DCAutoencoder(folder).scale  # noqa: B018
 
