@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -211,7 +212,7 @@ class Encoding:
         left_out = {entry.index: shard for shard, record in records if record for entry in record.bad}
         batches = in_batches(list(left_out), self.batch_size)
         mended: set[int] = set()
-        with contextlib.closing(read_images(self.source, batches, self.num_workers, lambda bad: None)) as read:
+        with self._read(batches, lambda bad: None) as read:
             for images in read:
                 self._check_stop()
                 mended |= {left_out[index] for index in images.indices}
@@ -229,12 +230,18 @@ class Encoding:
         try:
             bad: list[BadImage] = []
             batches = [indices for shard in shards for indices in self._batches(shard)]
-            with contextlib.closing(read_images(self.source, batches, self.num_workers, bad.extend)) as read:
+            with self._read(batches, bad.extend) as read:
                 for shard in shards:
                     self._encode_shard(shard, read, bad)
                     bad.clear()
         finally:
             torch.set_num_threads(num_threads)
+
+    def _read(
+        self, batches: Sequence[Sequence[int]], tell: Callable[[list[BadImage]], object]
+    ) -> AbstractContextManager[Iterator[Images]]:
+        images = read_images(self.source, batches, self.num_workers, tell, poll=self._check_stop)
+        return contextlib.closing(images)
 
     def _encode_shard(self, shard: int, read: Iterator[Images], met: list[BadImage]) -> None:
         """Encode what is read next; `met` are the bad images of this shard among what has been read."""

@@ -69,6 +69,7 @@ class BatchLoader:
         noise_shape: (c, h, w) of the latents of a stochastic autoencoder that images have to go through.
         bad_files: where images that cannot be read are listed; by default in memory.
         warn: is told of such images, and of workers that had to be replaced.
+        poll: called now and then while workers are waited for; what it raises ends the batches.
     """
 
     def __init__(
@@ -82,12 +83,13 @@ class BatchLoader:
         noise_shape: tuple[int, int, int] | None = None,
         bad_files: Path | None = None,
         warn: Callable[[str], None] = note,
+        poll: Callable[[], object] = lambda: None,
     ) -> None:
         if with_labels and source.num_classes is None:
             raise ConfigError("the data has no class labels: set model.num_classes=null")
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.with_labels, self.num_workers, self.pin_memory = with_labels, num_workers, pin_memory
-        self.noise_shape, self.bad_files, self.warn = noise_shape, bad_files, warn
+        self.noise_shape, self.bad_files, self.warn, self.poll = noise_shape, bad_files, warn, poll
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -115,7 +117,7 @@ class BatchLoader:
             return batch.each(keep)
 
         with Workers(
-            reader.fill, lambda: reader.empty(shared_empty), self.num_workers, step, self.warn
+            reader.fill, lambda: reader.empty(shared_empty), self.num_workers, step, self.warn, self.poll
         ) as workers:
             while True:
                 yield workers.take(read)

@@ -23,6 +23,8 @@ from diffussm.data.latents import LatentSet
 TESTS = Path(__file__).resolve().parents[1]
 GROUPS = {
     "autoencoder/patches": "_target_: data.stand_ins.PatchProjection\nscale: 2.0\ndelay: 0.0\ntile: null\n",
+    "data/unanswered": "_target_: data.stand_ins.Unanswered\npath: ???\nresolution: 32\nfirst: 9\n"
+    "max_bad_fraction: 0.1\n",
 }
 OPTIONS = ("autoencoder=patches", "device=cpu", "batch_size=3", "shard_size=4", "num_workers=1")
 
@@ -143,6 +145,16 @@ def test_sigterm_ends_it_at_once_and_it_continues(folder, whole, tmp_path):
     assert 1 <= finished < 10 and f"with {finished} of 10" in said
     assert main(arguments(folder, tmp_path / "set")) == 0
     assert manifest_hash(tmp_path / "set") == manifest_hash(whole)
+
+
+def test_sigterm_is_heard_while_storage_does_not_answer(folder, tmp_path):
+    process = start(arguments(folder, tmp_path / "set", "data=unanswered"))
+    wait_for_shards(process, tmp_path / "set", 2)
+    readers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and "with 2 of 10 shards finished: run it again" in said
+    assert readers and not any(Path(f"/proc/{pid}").exists() for pid in readers)
 
 
 def test_a_killed_reader_is_replaced_and_the_set_is_the_same(folder, whole, tmp_path):
