@@ -133,10 +133,10 @@ class _Worker(Generic[Slot]):
     def receive(self) -> tuple[Slot, Any]:
         """The oldest step in hand; its slot stays as it is until the next `submit`."""
         while True:
+            # Storage that does not answer holds a worker for ever, and who waits for it would hear no signal.
+            while not self._connection.poll(POLL_SECONDS):
+                self.poll()
             try:
-                # Storage that does not answer holds a worker for ever, and who waits for it would hear no signal.
-                while not self._connection.poll(POLL_SECONDS):
-                    self.poll()
                 result = self._connection.recv()
                 break
             except (EOFError, OSError):
