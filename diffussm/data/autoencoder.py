@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diffussm.data.latents import sample_posterior
 from diffussm.data.pretrained import CONFIG_FILE, WEIGHTS_FILE, Pretrained
+from diffussm.data.tf32 import without_tf32
 from diffussm.runtime.errors import ConfigError, DataError, DivergedError, note
 
 IMAGE_CHANNELS = 3
@@ -91,7 +92,7 @@ class FrozenAutoencoder(ABC):
         shift: None: shift_factor of config.json, or 0.
         latent_channels: what config.json must say; None: whatever it says.
         factor: side of an image by side of its latent, likewise. With both, shapes are known without any file.
-        precision: of weights and activations, whatever the caller's autocast. fp16 gives way to fp32 where
+        precision: of weights and activations, whatever the caller's autocast or TF32. fp16 gives way to fp32 where
             config.json says that the network overflows in it (force_upcast).
         batch_size: most images in one pass.
         tile: images with a longer side, in pixels, pass in overlapping tiles of this side, which takes less memory
@@ -297,7 +298,8 @@ class FrozenAutoencoder(ABC):
     def _in_batches(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`work` of `batch_size` items at a time, in the network's own precision, whose results are float32."""
         self.network  # noqa: B018  (loaded first, for it decides the precision)
-        with torch.autocast(self.device.type, enabled=False):
+        exact = without_tf32() if self.precision == "fp32" else contextlib.nullcontext()
+        with torch.autocast(self.device.type, enabled=False), exact:
             parts = [work(part.to(self.device)).float() for part in x.split(self.batch_size)]
         result = torch.cat(parts)
         if self.precision != "fp32" and not result.isfinite().all():

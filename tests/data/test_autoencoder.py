@@ -11,7 +11,7 @@ from data.tiny_vae import make_tiny_dc, make_tiny_vae
 from diffusers import AutoencoderDC, AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from diffussm.data import pretrained
+from diffussm.data import pretrained, tf32
 from diffussm.data.autoencoder import DCAutoencoder, IdentityAutoencoder, KLAutoencoder
 from diffussm.data.pretrained import PICKLE_FILE, WEIGHTS_FILE
 from diffussm.runtime.errors import ConfigError, DataError, DivergedError
@@ -126,6 +126,19 @@ def test_other_precisions_are_used_when_asked_for(folder, tmp_path, capsys):
     assert capsys.readouterr().err.count("autoencoder.precision=fp16") == 1
     assert rough.encoding == {"precision": "bf16", "tile": 1024}
     assert rough.rounding == {"diffusers": diffusers.__version__, "autoencoder.batch_size": 8}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fp32_is_not_tf32(folder, precision):
+    def are_exact() -> list[bool]:
+        return [getattr(owner, name) == full for owner, name, full in tf32._settings()]
+
+    ours, before, seen = KLAutoencoder(folder, precision=precision), are_exact(), []
+    for part in (ours.network.encoder, ours.network.decoder):
+        part.register_forward_hook(lambda *_: seen.append(are_exact()))
+    ours.to_pixels(ours.to_latents(pictures()))
+    assert seen == [[True, True] if precision == "fp32" else before] * 2
+    assert are_exact() == before and before[0] is False
 
 
 def test_an_overflow_is_not_drawn(folder):
