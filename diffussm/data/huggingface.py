@@ -68,9 +68,12 @@ class HuggingFace(Photographs):
     def content(self, index: int) -> bytes | Path:
         """What the row holds, or the file that it names."""
         image = self._encoded[range(len(self))[index]][self.image_column]
-        if image is None:
+        content, path = (image["bytes"], image["path"]) if image else (None, None)
+        if content is not None:
+            return content
+        if path is None:
             raise BadImage(self.name_of(index), "no image in this row")
-        return image["bytes"] or Path(image["path"])
+        return Path(path)
 
     def label(self, index: int) -> int:
         """The row's."""

@@ -154,6 +154,7 @@ def test_rows_without_label_or_image_are_found(tmp_path):
     labels = [0, 1, -1, None, 1, 0]
     images = [{"bytes": content, "path": None} for content in contents]
     images[1], images[2] = None, {"bytes": b"text", "path": "picture.jpg"}
+    images[3], images[4] = {"bytes": b"", "path": None}, {"bytes": b"", "path": "picture.jpg"}
     features = rows.features
     datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).save_to_disk(
         tmp_path / "rows"
@@ -161,7 +162,7 @@ def test_rows_without_label_or_image_are_found(tmp_path):
     with pytest.raises(DataError, match=r"data\.label_column=label: 2 of 6 images have no label"):
         HuggingFace(tmp_path / "rows")
     source = HuggingFace(tmp_path / "rows", label_column=None, resolution=16)
-    for index, reason in ((1, "no image in this row"), (2, "damaged")):
+    for index, reason in ((1, "no image in this row"), (2, "damaged"), (3, "empty"), (4, "empty")):
         with pytest.raises(BadImage, match=f"row {index}: .*{reason}"):
             source[index]
     assert source[0][0].shape == (3, 16, 16) and source.fingerprint["num_images"] == 6
