@@ -84,9 +84,12 @@ def _summarize(encoding: Encoding, done: int) -> None:
         f"latents      {path}" + (f" (continues at {done:,} images)" if done else " (new)"),
         f"images       {total:,} of {encoding.source.image_shape}",
         f"shards       {len(shards):,} of {shards.shard_size:,} images, {gigabytes:.3g} GB to write",
-        f"processes    {processes.world_size}, the first on {encoding.device}",
+        f"processes    {processes.world_size}, the first on {encoding.device}"
+        + ", with one thread each, whose roundings are the same everywhere" * (encoding.device.type == "cpu"),
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)
+    if (idle := processes.world_size - len(shards)) > 0:
+        note(f"{idle:,} processes have nothing to do: lower shard_size={shards.shard_size}")
     if shutil.disk_usage(path).free / 1e9 < gigabytes:
         note(f"to={path}: that is more than is free there now")
 

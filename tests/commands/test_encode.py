@@ -14,11 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from data.stand_ins import crop_photographs, damage
+from data.stand_ins import PatchProjection, crop_photographs, damage
 
 from diffussm.cli import main
+from diffussm.commands.encode import _summarize
 from diffussm.data import images
+from diffussm.data.encoding import Encoding
+from diffussm.data.fake import Fake
 from diffussm.data.latents import LatentSet
+from diffussm.runtime.distributed import Processes
 
 TESTS = Path(__file__).resolve().parents[1]
 GROUPS = {
@@ -108,6 +112,16 @@ def test_two_processes_encode_the_same_set_byte_for_byte(folder, whole, tmp_path
     records = (json.loads(path.read_text()) for path in (tmp_path / "set/shards").glob("*.json"))
     assert [record["process"] for record in records].count(1) == 5
     assert (tmp_path / "set/bad_files.jsonl").read_text() == (whole / "bad_files.jsonl").read_text()
+
+
+def test_processes_without_a_shard_are_told_of(tmp_path, capsys):
+    for world_size, said in ((3, ""), (5, "diffussm: 2 processes have nothing to do: lower shard_size=4\n")):
+        processes = Processes(0, world_size)
+        encoding = Encoding(Fake(10, resolution=8), PatchProjection(), tmp_path, shard_size=4, processes=processes)
+        _summarize(encoding, 0)
+        shown = capsys.readouterr().err
+        assert f"processes    {world_size}, the first on cpu, with one thread each" in shown
+        assert shown.endswith(said) and ("nothing to do" in shown) == bool(said)
 
 
 def test_two_processes_report_too_many_bad_images_and_end(folder, tmp_path):
