@@ -110,6 +110,11 @@ class LatentSet:
         return channels, height, width
 
     @property
+    def has_posterior(self) -> bool:
+        """Whether `latents` takes noise to sample with."""
+        return self.manifest["posterior"]
+
+    @property
     def scale(self) -> float:
         """What latents are multiplied by."""
         return self.manifest["scale"]
@@ -154,7 +159,7 @@ class LatentSet:
             self._shard(shard).expect((self.images_per_row * row + flip) * size, size)
         for position, (shard, row, flip) in enumerate(places):
             moments[position] = self._shard(shard).array[row, flip]
-        if not self.manifest["posterior"]:
+        if not self.has_posterior:
             return (torch.from_numpy(moments).float() - self.shift) * self.scale
         return sample_posterior(torch.from_numpy(moments), noise, self.scale, self.shift)
 
@@ -206,7 +211,7 @@ class LatentSet:
     @property
     def _row_shape(self) -> tuple[int, int, int]:
         channels, height, width = self.latent_shape
-        return (2 if self.manifest["posterior"] else 1) * channels, height, width
+        return (2 if self.has_posterior else 1) * channels, height, width
 
     def _locate(self, indices: Sequence[int] | Tensor) -> tuple[np.ndarray, np.ndarray]:
         """(shard, row in it) of every image."""
