@@ -217,6 +217,7 @@ class PerfectLatents:
         self.num_classes, self.class_names, self.fingerprint = 10, list("0123456789"), digits.fingerprint
         self.image_shape = self.latent_shape = (1, 8, 8)
         self.horizontal_flip, self.max_bad_fraction = False, 0.0
+        self.has_posterior = True
 
     def __len__(self):
         return len(self.digits)
