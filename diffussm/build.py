@@ -26,6 +26,7 @@ from diffussm.diffusion.classification import ClassifierObjective
 from diffussm.diffusion.guidance import Guidance, Guided
 from diffussm.diffusion.likelihood import variational_bound
 from diffussm.diffusion.objective import Objective
+from diffussm.diffusion.process import Prediction
 from diffussm.diffusion.samplers import Noise, Sampler, ddim, ddim_inversion
 from diffussm.diffusion.schedule import Schedule
 from diffussm.evaluation.evaluator import Evaluation
@@ -35,6 +36,7 @@ from diffussm.evaluation.likelihood import ImageMeasure
 from diffussm.models import S4D, NoisyClassifier
 from diffussm.models.layers import Denoiser
 from diffussm.report.grid import save_grid
+from diffussm.runtime.distributed import Interrupted, Processes, Undertaking
 from diffussm.runtime.errors import ConfigError, DataError, RunDirectoryError, UserError, note
 from diffussm.runtime.run_dir import RunDirectory
 from diffussm.runtime.seeding import derive_seed
@@ -113,8 +115,14 @@ class System:
         self.objective: Objective = construct(config.objective, "objective", schedule=process)
         check_objective(self.model, self.objective)
 
-    def generator(self, model: nn.Module, config: DictConfig) -> Generator:
-        """Generation with these weights and the sampler, guidance and sampling of `config`."""
+    def generator(
+        self, model: nn.Module, config: DictConfig, check: Callable[[], object] = lambda: None
+    ) -> Generator:
+        """Generation with these weights and the sampler, guidance and sampling of `config`.
+
+        Args:
+            check: called before every evaluation of the network, and free to raise.
+        """
         sampling = config.sampling
         self._refuse_classifier()
         if not config.sampler:
@@ -122,7 +130,11 @@ class System:
         sampler = bound(config.sampler, "sampler")
         self._try_out(sampler)
         precision = Precision(sampling.precision, self.device)
-        predict, num_classes = self._guided(model, config)
+        guided, num_classes = self._guided(model, config)
+
+        def predict(x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
+            check()
+            return guided(x_t, t, y)
 
         @torch.no_grad()
         def sample(x_T: Tensor, y: Tensor | None, noise: Noise) -> Tensor:
@@ -292,10 +304,11 @@ def build_trainer(
     system: System,
     source: ImageSource | LatentSource,
     run: RunDirectory,
+    processes: Processes,
     stop: Callable[[], object],
     warn: Callable[[str], None],
 ) -> Trainer:
-    """Everything that `diffussm train` runs, nothing of it started."""
+    """Everything that `diffussm train` runs in this process, nothing of it started."""
     config, autoencoder = system.config, system.autoencoder
     if is_latent_set(source):
         source.check_autoencoder(autoencoder.fingerprint)
@@ -306,9 +319,17 @@ def build_trainer(
             )
         source.check_spread()
     settings = dict(config.trainer)
+    for launching in ("num_processes", "max_restarts", "timeout_seconds"):
+        del settings[launching]
     sample_every_images = settings.pop("sample_every_images")
     precision = Precision(settings.pop("precision"), system.device)
     store = CheckpointStore(run.checkpoints, settings.pop("keep_checkpoints"), warn)
+
+    def give_up_waiting() -> None:
+        """Of several processes, the others may wait for this one already, and need its batch to end well."""
+        if stop() and processes.world_size == 1:
+            raise Interrupted
+
     batches: Batches = BatchLoader(
         source,
         config.trainer.batch_size,
@@ -316,9 +337,12 @@ def build_trainer(
         with_labels=config.model.num_classes is not None,
         num_workers=settings.pop("num_workers"),
         pin_memory=system.device.type == "cuda",
+        samples=processes.share(config.trainer.batch_size),
         noise_shape=system.latent_shape if autoencoder.is_stochastic else None,
-        bad_files=run.path / "bad_files.jsonl",
+        # Each process finds every bad image sooner or later, and counts for itself.
+        bad_files=run.path / ("bad_files.jsonl" if processes.is_first else f"bad_files_{processes.rank}.jsonl"),
         warn=warn,
+        poll=give_up_waiting,
     )
 
     def to_latents(images: Tensor, noise: Tensor | None) -> Tensor:
@@ -339,13 +363,16 @@ def build_trainer(
         precision=precision,
         config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
         seed=config.seed,
-        periodic=_periodic(system, run, sample_every_images),
+        periodic=_periodic(system, run, processes, sample_every_images),
+        processes=processes,
         stop=stop,
         **settings,
     )
 
 
-def _periodic(system: System, run: RunDirectory, sample_every_images: int | None) -> list[Periodic]:
+def _periodic(
+    system: System, run: RunDirectory, processes: Processes, sample_every_images: int | None
+) -> list[Periodic]:
     config = system.config
     evaluation = build_evaluation(config, system.image_shape)
     if not config.sampler:
@@ -357,17 +384,21 @@ def _periodic(system: System, run: RunDirectory, sample_every_images: int | None
         return []
     system.generator(system.model, config)  # fails now rather than hours later
 
-    def draw_grid(model: nn.Module, images: int) -> Mapping[str, Any]:
-        generator = system.generator(model, config)
-        draw_samples(generator, run.samples / f"images-{images:012d}.png")
+    def draw_grid(model: nn.Module, images: int, undertaking: Undertaking) -> Mapping[str, Any]:
+        generator = system.generator(model, config, undertaking.check)
+        draw_samples(
+            generator, system.image_shape, run.samples / f"images-{images:012d}.png", processes, undertaking
+        )
         forget_spectra(model)
         return {}
 
     periodic = [Periodic("samples", sample_every_images, draw_grid)]
     if evaluation is not None and evaluation.every_images:
 
-        def evaluate(model: nn.Module, images: int) -> Mapping[str, Any]:
-            metrics = evaluation.run(system.generator(model, config))
+        def evaluate(model: nn.Module, images: int, undertaking: Undertaking) -> Mapping[str, Any]:
+            if not processes.is_first:
+                return {}
+            metrics = evaluation.run(system.generator(model, config, undertaking.check))
             forget_spectra(model)
             return metrics
 
@@ -382,15 +413,30 @@ def forget_spectra(model: nn.Module) -> None:
             module.forget_spectra()
 
 
-def draw_samples(generator: Generator, path: Path) -> None:
+def draw_samples(
+    generator: Generator,
+    image_shape: tuple[int, ...],
+    path: Path,
+    processes: Processes,
+    undertaking: Undertaking,
+) -> None:
     """Save a grid of samples, a row per class (at most ten), or 8 x 8 from an unconditional model."""
-    if generator.num_classes is None:
-        save_grid(torch.cat([batch.images for batch in generator.generate(range(64))]), 8, path)
-        return
-    classes = range(min(generator.num_classes, MAX_GRID_ROWS))
-    labels = torch.tensor(classes).repeat_interleave(GRID_COLUMNS)
-    images = torch.cat([batch.images for batch in generator.generate(range(len(labels)), labels)])
-    save_grid(images, GRID_COLUMNS, path, [str(label) for label in classes])
+    columns, names, labels = 8, None, None
+    indices = range(64)
+    if generator.num_classes is not None:
+        classes = range(min(generator.num_classes, MAX_GRID_ROWS))
+        columns, names = GRID_COLUMNS, [str(label) for label in classes]
+        labels = torch.tensor(classes).repeat_interleave(GRID_COLUMNS)
+        indices = range(len(labels))
+    share = processes.share(len(indices))
+    mine = slice(share.start, share.stop)
+    parts = [batch.images for batch in generator.generate(indices[mine], None if labels is None else labels[mine])]
+    undertaking.finish()
+    images = torch.zeros(len(indices), *image_shape, dtype=torch.uint8)
+    images[mine] = torch.cat([images[:0], *parts])
+    processes.sum(images)
+    if processes.is_first:
+        save_grid(images, columns, path, names)
 
 
 def build_evaluation(config: DictConfig, image_shape: Sequence[int]) -> Evaluation | None:

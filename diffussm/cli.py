@@ -180,7 +180,8 @@ DESCRIPTIONS = {
         Measure time and memory, forward and training step, in one process with alternating repetitions. Prints
         a Markdown table with goals; writes bench.json and bench.md, after every result.
 
-          suites=[layer,block]          of layer, convolution, block, model, dit, sampling, gemm, xl, data
+          suites=[layer,block]          of layer, convolution, block, model, dit, sampling, gemm, xl,
+                                        data, trainer
           lengths=[256,1024,4096,16384] tokens
           batch_size=4 hidden_size=384 d_state=64 depth=13
           repetitions=9 seconds=10      at most, for every call
@@ -201,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = MODULES.get(options.verb, options.verb)
         return importlib.import_module(f"diffussm.commands.{module}").run(options)
     except UserError as error:
-        print("diffussm:", *str(error).split(), file=sys.stderr)  # one line, whatever it quotes
+        if not error.is_reported:
+            print("diffussm:", *str(error).split(), file=sys.stderr)  # one line, whatever it quotes
         return error.exit_code
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the exit does not flush into it

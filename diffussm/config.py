@@ -54,7 +54,12 @@ class TrainerConfig:
     max_grad_norm: float | None = fixed(None)
     ema_decays: list[float] = fixed([0.9999])  # sampling uses the first
     precision: str = fixed("bf16")  # bf16, fp16 or fp32
-    device_batch_size: int | None = free(None)  # most images in one forward pass; null: all of them
+    device_batch_size: int | None = free(None)  # most images in one forward pass; null: all of a process's
+    num_processes: int | None = free(
+        None
+    )  # one per GPU, started here; null: this one, or those of torchrun or srun
+    max_restarts: int = free(3)  # of num_processes on end, when one is lost
+    timeout_seconds: float = free(1800.0)  # a process that others wait for longer is taken for lost
     keep_checkpoints: int = free(2)
     num_workers: int = free(0)  # processes that read images; 0 reads in the main process
 
@@ -227,7 +232,7 @@ class BenchConfig:
 
 SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "class_agreement")
 METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
-BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data")
+BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data", "trainer")
 ROOTS = {
     "train": TrainConfig,
     "encode": EncodeConfig,
@@ -350,7 +355,9 @@ def _validate_trainer(config: DictConfig) -> None:
     for key in ("batch_size", "keep_checkpoints", "total_images", "save_every_images", "log_every_images"):
         _require(config, f"trainer.{key}", trainer[key] >= 1, "must be at least 1")
     _require(config, "trainer.num_workers", trainer.num_workers >= 0, "must be at least 0")
-    for key in ("sample_every_images", "device_batch_size"):
+    _require(config, "trainer.max_restarts", trainer.max_restarts >= 0, "must be at least 0")
+    _require(config, "trainer.timeout_seconds", trainer.timeout_seconds > 0, "must be positive")
+    for key in ("sample_every_images", "device_batch_size", "num_processes"):
         _require(
             config, f"trainer.{key}", trainer[key] is None or trainer[key] >= 1, "must be at least 1, or null"
         )

@@ -1,6 +1,6 @@
-"""Global batches in an order that is a function of (seed, epoch, position), from any step on."""
+"""Batches in an order that is a function of (seed, epoch, position), from any step on, or any part of them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,12 +15,12 @@ from diffussm.data.bad_files import BadFiles
 from diffussm.data.images import ImageSource, Source
 from diffussm.data.workers import Workers, shared_empty
 from diffussm.runtime.errors import BadImage, ConfigError, note
-from diffussm.runtime.seeding import make_generator
+from diffussm.runtime.seeding import draw_normal, make_generator
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A global batch.
+    """A global batch, or a part of one.
 
     Args:
         images: uint8 images, or float32 latents x_0 that are ready.
@@ -61,13 +61,15 @@ class BatchLoader:
     """Shuffled batches without end: position p is item p mod n of the permutation of epoch p div n.
 
     Batches run across the ends of epochs, so that every image is seen once per epoch at any batch size.
-    Mirror images are drawn for step s from (seed, "flip", s), posterior noise from (seed, "posterior", s).
+    Mirror images are drawn for step s from (seed, "flip", s), the posterior noise of its sample i from
+    (seed, "posterior", s, i). So any part of a batch is the same as in the whole.
     In the place of an image that cannot be read stands the next in the source's order that can.
 
     Args:
         with_labels: whether batches carry labels; the source must have them then.
         num_workers: processes that read and decode; 0 reads in this one.
         pin_memory: page-lock batches, for faster transfer to a GPU.
+        samples: the part of every global batch that is wanted here; None: all of it.
         noise_shape: (c, h, w) of the latents of a stochastic autoencoder that images have to go through.
         bad_files: where images that cannot be read are listed; by default in memory.
         warn: is told of such images, and of workers that had to be replaced.
@@ -82,6 +84,7 @@ class BatchLoader:
         with_labels: bool,
         num_workers: int = 0,
         pin_memory: bool = False,
+        samples: range | None = None,
         noise_shape: tuple[int, int, int] | None = None,
         bad_files: Path | None = None,
         warn: Callable[[str], None] = note,
@@ -91,6 +94,7 @@ class BatchLoader:
             raise ConfigError("the data has no class labels: set model.num_classes=null")
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.with_labels, self.num_workers, self.pin_memory = with_labels, num_workers, pin_memory
+        self.samples = range(batch_size) if samples is None else samples
         self.noise_shape, self.bad_files, self.warn, self.poll = noise_shape, bad_files, warn, poll
 
     @property
@@ -98,7 +102,7 @@ class BatchLoader:
         """The source's."""
         return self.source.fingerprint
 
-    def starting_at(self, step: int) -> Iterator[Batch]:
+    def starting_at(self, step: int) -> Generator[Batch, None, None]:
         """The batches of steps `step`, `step` + 1, ...
 
         Raises:
@@ -130,7 +134,7 @@ class _Reader:
 
     def __init__(self, loader: BatchLoader, bad_files: BadFiles) -> None:
         self.source, self.seed, self.batch_size = loader.source, loader.seed, loader.batch_size
-        self.with_labels, self.noise_shape = loader.with_labels, loader.noise_shape
+        self.samples, self.with_labels, self.noise_shape = loader.samples, loader.with_labels, loader.noise_shape
         self.are_too_many = bad_files.are_too_many
         self.length = len(loader.source)
         self.bad: dict[int, BadImage] = {}  # met so far, by index
@@ -138,7 +142,7 @@ class _Reader:
 
     def empty(self, make: Callable[..., Tensor]) -> Batch:
         """A batch to be filled."""
-        n, source = self.batch_size, self.source
+        n, source = len(self.samples), self.source
         labels = make((n,), dtype=torch.int64) if self.with_labels else None
         if is_latent_set(source):
             return Batch(make((n, *source.latent_shape), dtype=torch.float32), labels)
@@ -150,14 +154,14 @@ class _Reader:
         indices, flips = self._indices(step), self._flips(step)
         source = self.source
         if is_latent_set(source):
-            shape = batch.images.shape
-            noise = self._draw_noise(step, torch.empty(shape)) if source.has_posterior else None
+            shape = batch.images.shape[1:]
+            noise = self._draw_noise(step, shape) if source.has_posterior else None
             batch.images.copy_(source.latents(indices, flips, noise))
             if batch.labels is not None:
                 batch.labels.copy_(source.labels(indices))
             return []
         if batch.noise is not None:
-            self._draw_noise(step, batch.noise)
+            batch.noise.copy_(self._draw_noise(step, batch.noise.shape[1:]))
         return self._read_images(indices, flips, batch)
 
     def _read_images(self, indices: Tensor, flips: Tensor, batch: Batch) -> list[BadImage]:
@@ -187,7 +191,8 @@ class _Reader:
             return None
 
     def _indices(self, step: int) -> Int[Tensor, "B"]:
-        position, end, parts = step * self.batch_size, (step + 1) * self.batch_size, []
+        first, parts = step * self.batch_size, []
+        position, end = first + self.samples.start, first + self.samples.stop
         while position < end:
             epoch, offset = divmod(position, self.length)
             parts.append(self.permutation(epoch)[offset : offset + end - position])
@@ -199,8 +204,9 @@ class _Reader:
 
     def _flips(self, step: int) -> Bool[Tensor, "B"]:
         if not self.source.horizontal_flip:
-            return torch.zeros(self.batch_size, dtype=torch.bool)
-        return torch.rand(self.batch_size, generator=make_generator(self.seed, "flip", step)) < 0.5
+            return torch.zeros(len(self.samples), dtype=torch.bool)
+        draws = torch.rand(self.batch_size, generator=make_generator(self.seed, "flip", step))
+        return draws[self.samples.start : self.samples.stop] < 0.5
 
-    def _draw_noise(self, step: int, out: Tensor) -> Tensor:
-        return torch.randn(out.shape, generator=make_generator(self.seed, "posterior", step), out=out)
+    def _draw_noise(self, step: int, shape: Sequence[int]) -> Tensor:
+        return draw_normal(self.seed, "posterior", step, self.samples, shape)

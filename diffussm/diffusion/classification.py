@@ -25,10 +25,10 @@ class ClassifierObjective(Objective):
         return len(self.schedule)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draws:
-        """Timesteps (uniform) and noise for a global batch of x_0 of this shape; no label is ever dropped."""
+        """Timesteps (uniform) for a global batch of x_0 of this shape; no label is ever dropped."""
         ones = torch.ones(shape[:1])
         t = torch.randint(len(self.schedule), shape[:1], generator=generator)
-        return Draws(t, torch.randn(shape, generator=generator), drop_uniform=ones, weight=ones)
+        return Draws(t, drop_uniform=ones, weight=ones)
 
     def __call__(
         self,
@@ -36,11 +36,12 @@ class ClassifierObjective(Objective):
         x_0: Float[Tensor, "B *S"],
         y: Int[Tensor, "B"] | None,
         draws: Draws,
+        noise: Float[Tensor, "B *S"],
     ) -> dict[str, Float[Tensor, "B"]]:
         """Per-sample terms: `loss` in nats, and `accuracy`, 1 where the likeliest class is the right one."""
         if y is None:
             raise ValueError("a classifier needs labelled data: choose data with classes")
-        x_t = q_sample(self.schedule, x_0, draws.t, draws.noise)
+        x_t = q_sample(self.schedule, x_0, draws.t, noise)
         logits = model(x_t, self.schedule.timesteps[draws.t])
         accuracy = (logits.argmax(dim=1) == y).to(logits.dtype)
         return {"loss": cross_entropy(logits, y, reduction="none"), "accuracy": accuracy}

@@ -77,14 +77,13 @@ class FlowObjective(Objective):
             raise ValueError("a velocity has no variance: set model.learn_sigma=false")
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draws:
-        """Times (as 1000 t), noise and label-drop draws for a global batch of x_0 of this shape."""
+        """Times (as 1000 t) and label-drop draws for a global batch of x_0 of this shape."""
         if self.times == "uniform":
             t = torch.rand(shape[:1], generator=generator)
         else:
             t = torch.sigmoid(self.mean + self.std * torch.randn(shape[:1], generator=generator))
         return Draws(
             t=TIME_SCALE * self.path.shift(t, math.prod(shape[2:])),
-            noise=torch.randn(shape, generator=generator),
             drop_uniform=torch.rand(shape[:1], generator=generator),
             weight=torch.ones(shape[0]),
         )
@@ -95,12 +94,13 @@ class FlowObjective(Objective):
         x_0: Float[Tensor, "B *S"],
         y: Int[Tensor, "B"] | None,
         draws: Draws,
+        noise: Float[Tensor, "B *S"],
     ) -> dict[str, Float[Tensor, "B"]]:
         """Per-sample terms: `loss`."""
         t = broadcast(draws.t / TIME_SCALE, x_0)
-        x_t = (1 - t) * x_0 + t * draws.noise
+        x_t = (1 - t) * x_0 + t * noise
         velocity = model(x_t, draws.t, y, drop_uniform=draws.drop_uniform).to(x_0.dtype)
-        return {"loss": mean_flat((draws.noise - x_0 - velocity).square())}
+        return {"loss": mean_flat((noise - x_0 - velocity).square())}
 
     def predictor(self, network: Network) -> Predictor:
         """x_0 = x_t - t v and eps = x_t + (1 - t) v, for a network that predicts v."""

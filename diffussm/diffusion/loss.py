@@ -105,11 +105,10 @@ class DDPMObjective(Objective):
             )
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draws:
-        """Timesteps, noise and label-drop draws for a global batch of x_0 of this shape."""
+        """Timesteps and label-drop draws for a global batch of x_0 of this shape."""
         t, weight = self.timesteps.draw(shape[0], generator)
         return Draws(
             t=t,
-            noise=torch.randn(shape, generator=generator),
             drop_uniform=torch.rand(shape[:1], generator=generator),
             weight=weight,
         )
@@ -120,12 +119,13 @@ class DDPMObjective(Objective):
         x_0: Float[Tensor, "B *S"],
         y: Int[Tensor, "B"] | None,
         draws: Draws,
+        noise: Float[Tensor, "B *S"],
     ) -> dict[str, Float[Tensor, "B"]]:
         """Per-sample terms: `loss`, and its parts `mse` (of the prediction) and `vb` (L_t).
 
         All carry the weight of their draw, so that their means are unbiased however timesteps are drawn.
         """
-        schedule, t, noise = self.schedule, draws.t, draws.noise
+        schedule, t = self.schedule, draws.t
         x_t = q_sample(schedule, x_0, t, noise)
         output = model(x_t, t, y, drop_uniform=draws.drop_uniform)
         value, variance_output = split_prediction(output.to(x_0.dtype), x_0.shape[1])

@@ -2,7 +2,8 @@
 
 An objective first draws what is random about a step (`draw`, for the global batch, from one generator) and then
 evaluates the loss of any part of that batch (`__call__`), so that neither gradient accumulation nor the number of
-processes changes what a step trains on.
+processes changes what a step trains on. Noise is handed to it: there is too much of it to be drawn for samples
+that another process sees.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +27,6 @@ class Draws:
     """
 
     t: Int[Tensor, "B"] | Float[Tensor, "B"]
-    noise: Float[Tensor, "B *S"]
     drop_uniform: Float[Tensor, "B"]
     weight: Float[Tensor, "B"]
 
@@ -47,7 +47,7 @@ class Objective:
         raise NotImplementedError
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draws:
-        """Timesteps, noise and label-drop draws for a global batch of x_0 of this shape."""
+        """Timesteps and label-drop draws for a global batch of x_0 of this shape."""
         raise NotImplementedError
 
     def __call__(
@@ -56,8 +56,9 @@ class Objective:
         x_0: Float[Tensor, "B *S"],
         y: Int[Tensor, "B"] | None,
         draws: Draws,
+        noise: Float[Tensor, "B *S"],
     ) -> dict[str, Float[Tensor, "B"]]:
-        """Per-sample terms: `loss`, and what it consists of."""
+        """Per-sample terms, given standard normal noise: `loss`, and what it consists of."""
         raise NotImplementedError
 
     def check_network(self, learn_sigma: bool) -> None:

@@ -1,51 +1,51 @@
 """The processes of one job: who this one is among them, and how they come to agree.
 
-torchrun and srun say it in the environment, which nothing else reads. What the processes tell each other here
-goes through the store that they meet at: it needs no device, and waiting for others has no time limit. With one
-process everything is there and nothing is waited for.
+What they tell each other about the run goes through the store that they meet at, which needs no device: a process
+that waits there can do other things meanwhile, and sees when another has failed. Tensors go through
+torch.distributed. With one process everything is there and nothing is waited for.
 """
 
-import os
+import contextlib
 import pickle
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from diffussm.runtime.errors import ConfigError
+from diffussm.runtime.errors import ConfigError, PeerError, UserError
+from diffussm.runtime.launch import Place, become, find_place
 
-# Rank, number of processes and rank on this machine, as torchrun and as SLURM name them.
-LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
 MEETING_SECONDS = 300
-POLL_SECONDS = 0.1
+LONGEST_POLL_SECONDS = 0.1
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+T = TypeVar("T")
 
 
 class Processes:
     """This process among those of its job; a context manager that `start` prepares.
 
     Args:
-        rank: 0 .. world_size - 1.
-        local_rank: the rank among those on this machine.
+        place: rank, number of processes, and where they meet.
+        timeout_seconds: what no process is waited for longer than; None: as long as it takes.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0) -> None:
-        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+    def __init__(self, place: Place = Place(), timeout_seconds: float | None = None) -> None:  # noqa: B008
+        self.place, self.timeout_seconds = place, timeout_seconds
+        self.rank, self.world_size, self.local_rank = place.rank, place.world_size, place.local_rank
         self._store: dist.Store = dist.HashStore()
         self._agreements = 0
 
     @classmethod
-    def from_environment(cls) -> "Processes":
-        """What torchrun or srun has set. Under srun, MASTER_ADDR and MASTER_PORT make one job of the tasks."""
-        for names in LAUNCHERS:
-            wanted = (*names, "MASTER_ADDR", "MASTER_PORT")
-            if all(name in os.environ for name in wanted):
-                numbers = [_integer(name) for name in (*names, "MASTER_PORT")]
-                return cls(*numbers[:3])
-        return cls()
+    def from_environment(cls, timeout_seconds: float | None = None) -> "Processes":
+        """What a launcher has set."""
+        return cls(find_place(), timeout_seconds)
 
     @property
     def is_first(self) -> bool:
@@ -58,32 +58,36 @@ class Processes:
             return device
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
+    def share(self, count: int) -> range:
+        """This process's part of `count` things, in the order of ranks; sizes differ by at most one."""
+        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
     def start(self, device: torch.device) -> "Processes":
-        """Meet the others and make torch.distributed ready: nccl for a GPU, gloo otherwise.
+        """Meet the others and make torch.distributed ready: nccl for a GPU, gloo for a CPU.
 
         ConfigError if they do not come.
         """
         if self.world_size == 1:
             return self
+        become(self.place)
         try:
             store, *_ = next(
                 dist.rendezvous("env://", self.rank, self.world_size, timeout=timedelta(seconds=MEETING_SECONDS))
             )
-            # A launcher that restarts its processes keeps its store, with what the dead ones left in it.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = dist.PrefixStore(f"diffussm/attempt_{attempt}", store)
+            self._store = dist.PrefixStore(f"diffussm/attempt_{self.place.attempt}", store)
             if device.type == "cuda":
                 torch.cuda.set_device(device)
+            limit = None if self.timeout_seconds is None else timedelta(seconds=self.timeout_seconds)
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                BACKENDS[device.type],
                 store=dist.PrefixStore("group", self._store),
                 rank=self.rank,
                 world_size=self.world_size,
+                timeout=limit,
             )
-        except dist.DistError as error:
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        except (dist.DistError, RuntimeError) as error:
             raise ConfigError(
-                f"process {self.rank} of {self.world_size} does not reach the others at {place} "
+                f"process {self.rank} of {self.world_size} does not reach the others at {self.place.address} "
                 f"({str(error).splitlines()[0]}): start all of them, or set MASTER_ADDR and MASTER_PORT right"
             ) from error
         return self
@@ -92,36 +96,128 @@ class Processes:
         """Add to a counter that all processes share; returns the sum."""
         return self._store.add(counter, amount)
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in each of them; in place."""
+        if self.world_size > 1:
+            with self.noticing_losses():
+                dist.all_reduce(tensor)
+        return tensor
+
     def barrier(self, poll: Callable[[], object] = lambda: None) -> None:
-        """Wait until every process is here, however long; meanwhile `poll`, which may raise, is called."""
-        self._agreements += 1
-        name = f"barrier {self._agreements}"
+        """Wait until every process is here; meanwhile `poll`, which may raise, is called."""
+        name = self._next_name()
         self.add(name, 1)
-        while self.add(name, 0) < self.world_size:
-            poll()
-            time.sleep(POLL_SECONDS)
+        self._wait(lambda: self.add(name, 0) >= self.world_size, poll)
 
     def broadcast_object(self, value: Any, poll: Callable[[], object] = lambda: None) -> Any:
         """The first process's `value`, in every process; `poll` as in `barrier`."""
-        self._agreements += 1
-        name = f"broadcast {self._agreements}"
+        name = self._next_name()
         if self.is_first:
             self._store.set(name, pickle.dumps(value).hex())
             return value
-        while not self._store.check([name]):
-            poll()
-            time.sleep(POLL_SECONDS)
+        self._wait(lambda: self._store.check([name]), poll)
         return pickle.loads(bytes.fromhex(self._store.get(name).decode()))
+
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The first process's CPU tensors, in every process."""
+        if self.world_size == 1:
+            return dict(tensors or {})
+        described = {name: (tuple(t.shape), t.dtype) for name, t in (tensors or {}).items()}
+        found = {}
+        for name, (shape, dtype) in self.broadcast_object(described).items():
+            found[name] = tensors[name].contiguous() if tensors is not None else torch.empty(shape, dtype=dtype)
+            with self.noticing_losses():
+                dist.broadcast(found[name], 0)
+        return found
+
+    def gather_objects(self, value: T) -> list[T]:
+        """The values of all processes by rank, in the first process; elsewhere this process's alone."""
+        name = self._next_name()
+        self._store.set(f"{name} of {self.rank}", pickle.dumps(value).hex())
+        if not self.is_first:
+            return [value]
+        names = [f"{name} of {rank}" for rank in range(self.world_size)]
+        self._wait(lambda: self._store.check(names), lambda: None)
+        return [pickle.loads(bytes.fromhex(self._store.get(each).decode())) for each in names]
+
+    def told_by_first(self, error: UserError) -> UserError:
+        """An error that all processes meet at the same time, to be reported by one."""
+        error.is_reported = not self.is_first
+        return error
+
+    def on_first(self, work: Callable[[], T], poll: Callable[[], object] = lambda: None) -> T:
+        """What `work` returns in the first process, in every process; a UserError there ends them all."""
+        outcome: T | UserError | None = None
+        if self.is_first:
+            try:
+                outcome = work()
+            except UserError as error:
+                outcome = error
+        outcome = self.broadcast_object(outcome, poll)
+        if isinstance(outcome, UserError):
+            raise self.told_by_first(outcome)
+        return outcome
+
+    def on_all(self, work: Callable[[], T]) -> T:
+        """What `work` returns here, once all have done it; the first UserError of any of them ends them all."""
+        mine: T | None = None
+        failure: UserError | None = None
+        try:
+            mine = work()
+        except UserError as error:
+            failure = error
+        found = self.gather_objects(failure)
+        failure = self.broadcast_object(next((error for error in found if error is not None), None))
+        if failure is not None:
+            raise self.told_by_first(failure)
+        return mine  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def noticing_losses(self) -> Iterator[None]:
+        """What torch.distributed raises when other processes are gone or late becomes a PeerError."""
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error)
+            if self.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in text.lower()):
+                raise
+            raise self._lost(re.sub(r"\[[^]]*\] ?", "", text.strip().splitlines()[0]).split(".")[0]) from error
+
+    def undertake(self, stop: Callable[[], object] = lambda: False) -> "Undertaking":
+        """Begin something long that all processes do; `stop` becomes true when this one has been asked to stop."""
+        return Undertaking(self, self._next_name(), stop)
 
     def close(self) -> None:
         """Part from the others; the first, which may hold the store, goes last."""
         if self.world_size == 1:
             return
         if self.add("closed", 1) < self.world_size and self.is_first:
-            while self.add("closed", 0) < self.world_size:
-                time.sleep(POLL_SECONDS)
+            with contextlib.suppress(PeerError):  # the work is done, whatever became of them
+                self._wait(lambda: self.add("closed", 0) >= self.world_size, lambda: None)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _next_name(self) -> str:
+        self._agreements += 1
+        return f"agreement {self._agreements}"
+
+    def _wait(self, is_there: Callable[[], bool], poll: Callable[[], object]) -> None:
+        started, pause = time.monotonic(), 0.001
+        while True:
+            with self.noticing_losses():
+                if is_there():
+                    return
+            poll()
+            if self.timeout_seconds is not None and time.monotonic() - started > self.timeout_seconds:
+                raise self._lost(f"no answer for {self.timeout_seconds:g} s")
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_POLL_SECONDS)
+
+    def _lost(self, how: str) -> PeerError:
+        return PeerError(
+            f"process {self.rank} of {self.world_size}: another process of this job has ended or stalled ({how}): "
+            "the same command continues from the newest checkpoint"
+        )
 
     def __enter__(self) -> "Processes":
         return self
@@ -133,8 +229,50 @@ class Processes:
             self.close()
 
 
-def _integer(name: str) -> int:
-    value = os.environ[name]
-    if not value.isdecimal():
-        raise ConfigError(f"{name}={value}: the launcher must set it to a number")
-    return int(value)
+class Interrupted(Exception):  # noqa: N818  (nothing went wrong)
+    """An undertaking that was given up, by all processes."""
+
+
+class Undertaking:
+    """Something long that all processes do, and that all give up if one is asked to stop before all have done it.
+
+    The first process decides which of both it was. There is no time limit: their work may differ in size.
+    """
+
+    def __init__(self, processes: Processes, name: str, stop: Callable[[], object]) -> None:
+        self.processes, self.name, self.stop = processes, name, stop
+        self._is_done = processes.world_size == 1
+
+    def check(self) -> None:
+        """To be called now and then during the work; raises Interrupted if it is given up."""
+        if self.processes.world_size == 1:
+            if self.stop():
+                raise Interrupted
+            return
+        with self.processes.noticing_losses():
+            self._exchange()
+
+    def finish(self) -> None:
+        """Say that this process has done its part, and wait for the others; raises Interrupted like `check`."""
+        if self._is_done:
+            return
+        self.processes.add(f"{self.name} done", 1)
+        while not self._is_done:
+            with self.processes.noticing_losses():
+                self._is_done = self._exchange()
+            time.sleep(LONGEST_POLL_SECONDS / 10)
+
+    def _exchange(self) -> bool:
+        """Whether all have done it; raises Interrupted if not all will."""
+        count = self.processes.add
+        if self.stop():
+            count(f"{self.name} stop", 1)
+        if self.processes.is_first and not count(f"{self.name} verdict", 0):
+            if count(f"{self.name} done", 0) == self.processes.world_size:
+                count(f"{self.name} verdict", 1)
+            elif count(f"{self.name} stop", 0):
+                count(f"{self.name} verdict", 2)
+        verdict = count(f"{self.name} verdict", 0)
+        if verdict == 2:
+            raise Interrupted
+        return verdict == 1

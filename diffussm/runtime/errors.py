@@ -17,6 +17,11 @@ class UserError(Exception):
     """An end that the command line reports as one line, with the class's exit code."""
 
     exit_code = 1
+    is_reported = False  # whether another process of the job says it and writes it down
+
+
+class PeerError(UserError):
+    """Other processes of the job that ended, stalled or were not reached: all have to start again."""
 
 
 class ConfigError(UserError):

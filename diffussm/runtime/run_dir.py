@@ -57,6 +57,11 @@ class OwnedDirectory:
     def _error(self, problem: str) -> RunDirectoryError:
         return RunDirectoryError(f"{self.key}={self.path}: {problem}")
 
+    @property
+    def is_open(self) -> bool:
+        """Whether this process holds it."""
+        return self._lock is not None
+
     def close(self) -> None:
         """Give the lock back."""
         if self._lock is not None:

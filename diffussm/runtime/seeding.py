@@ -18,6 +18,18 @@ def make_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *indices))
 
 
+def draw_normal(seed: int, purpose: str, step: int, samples: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise (len(samples), *shape) of a step, each row a function of its place in the batch alone.
+
+    So a process draws no more than it uses, whatever its part of the batch is.
+    """
+    noise, generator = torch.empty(len(samples), *shape), torch.Generator()
+    for row, sample in zip(noise, samples, strict=True):
+        generator.manual_seed(derive_seed(seed, purpose, step, sample))
+        torch.randn(row.shape, generator=generator, out=row)
+    return noise
+
+
 class SampleNoise:
     """Standard normal noise for a batch of samples, each from a generator of its own (seed, index).
 

@@ -47,15 +47,18 @@ class Progress:
 
     Args:
         every_seconds: least time between two lines where there is no terminal.
+        is_shown: False for a process of a job that another one speaks for.
     """
 
-    def __init__(self, total: int, initial: int, unit: str, every_seconds: float = 30.0) -> None:
-        self.total, self.unit, self.every_seconds = total, unit, every_seconds
+    def __init__(
+        self, total: int, initial: int, unit: str, every_seconds: float = 30.0, is_shown: bool = True
+    ) -> None:
+        self.total, self.unit, self.every_seconds, self.is_shown = total, unit, every_seconds, is_shown
         self.initial, self.done = initial, initial
         self._started = self._last = time.monotonic()
         self._bar = (
             tqdm(total=total, initial=initial, unit=unit, unit_scale=True, dynamic_ncols=True)
-            if sys.stderr.isatty()
+            if is_shown and sys.stderr.isatty()
             else None
         )
 
@@ -67,6 +70,8 @@ class Progress:
             if time.monotonic() - self._last > 1:
                 self._last = time.monotonic()
                 self._bar.set_postfix({key: f"{value:.4g}" for key, value in facts().items()})
+        elif not self.is_shown:
+            return
         elif time.monotonic() - self._last > self.every_seconds or self.done >= self.total:
             self._last = time.monotonic()
             rate = (self.done - self.initial) / max(self._last - self._started, 1e-9)
@@ -81,7 +86,7 @@ class Progress:
         """Print a line without tearing the bar."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
-        else:
+        elif self.is_shown:
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -1,29 +1,35 @@
 """The training loop: steps on global batches, counted in images, that any restart continues bit for bit.
 
-Whatever is random about step s (data order, flips, timesteps, noise, label drops) is a function of (seed, s),
-drawn for the whole global batch and sliced. So a checkpoint holds no RNG state, and neither accumulation nor
-a restart changes what a step sees. The trainer knows its model, objective and batches by protocol only.
+Whatever is random about step s (data order, flips, timesteps, noise, label drops) is a function of (seed, s) and
+of a sample's place in the global batch. So a checkpoint holds no RNG state, and neither accumulation nor a restart
+nor the number of processes changes what a step sees. Each process works on its share of the batch; the losses of
+all samples come together in every step, so that all processes log, adapt and stop alike. The trainer knows its
+model, objective and batches by protocol only.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from diffussm.runtime.distributed import Interrupted, Processes, Undertaking
 from diffussm.runtime.errors import (
+    ConfigError,
     DivergedError,
     OutOfMemoryError,
     Preempted,
     RunDirectoryError,
     StorageError,
 )
-from diffussm.runtime.seeding import make_generator
+from diffussm.runtime.seeding import draw_normal, make_generator
 from diffussm.training.checkpoint import Checkpoint, CheckpointStore
 from diffussm.training.ema import ModelAverages
 from diffussm.training.logging import MetricsLog, Progress
 from diffussm.training.optim import learning_rate_factor
+from diffussm.training.parallel import local_gradients, wrap_model
 from diffussm.training.precision import Precision
 from diffussm.training.window import MetricsWindow
 
@@ -32,7 +38,7 @@ MAX_FAILED_SAVES = 3
 
 
 class Batch(Protocol):
-    """A global batch: what `to_latents` turns into x_0, and labels (None: unconditional)."""
+    """This process's share of a batch: what `to_latents` turns into x_0, and labels (None: unconditional)."""
 
     @property
     def images(self) -> Tensor: ...
@@ -43,11 +49,11 @@ class Batch(Protocol):
 
 
 class Batches(Protocol):
-    """Global batches by step, from any step on."""
+    """This process's share of every batch by step, from any step on."""
 
     @property
     def fingerprint(self) -> Mapping[str, Any]: ...
-    def starting_at(self, step: int) -> Iterator[Batch]: ...
+    def starting_at(self, step: int) -> Generator[Batch, None, None]: ...
 
 
 class Draws(Protocol):
@@ -62,7 +68,7 @@ class Draws(Protocol):
 
 
 class Objective(Protocol):
-    """What is minimised: `draw` all randomness of a global batch, then terms (B,) of any slice of it.
+    """What is minimised: `draw` what is random about a global batch, then terms (B,) of any slice of it and noise.
 
     It may `observe` the losses of a whole step; what it then remembers is its `state`.
     """
@@ -71,7 +77,7 @@ class Objective(Protocol):
     def num_timesteps(self) -> int: ...
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Any: ...
     def __call__(
-        self, model: Callable[..., Tensor], x_0: Tensor, y: Tensor | None, draws: Any
+        self, model: Callable[..., Tensor], x_0: Tensor, y: Tensor | None, draws: Any, noise: Tensor
     ) -> dict[str, Tensor]: ...
     def observe(self, draws: Any, loss: Tensor) -> None: ...
     def state(self) -> dict[str, Tensor]: ...
@@ -82,12 +88,13 @@ class Objective(Protocol):
 class Periodic:
     """Something to do with the averaged model every so many images and at the end (None: only then).
 
-    What `action(model, images)` returns is logged. It must leave torch's global state as it finds it.
+    All processes do it together. What `action(model, images, undertaking)` returns in the first of them is logged.
+    It must leave torch's global state as it finds it.
     """
 
     name: str
     every_images: int | None
-    action: Callable[[nn.Module, int], Mapping[str, Any]]
+    action: Callable[[nn.Module, int, Undertaking], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ class TrainState:
     skipped_steps: int = 0
     loss_scale: Mapping[str, Any] = field(default_factory=dict)
     window: Mapping[str, Any] | None = None
+    pending: Sequence[str] = ()  # what was due with this step and is still to be done
     imported: Mapping[str, Any] | None = None  # the file that it began with, if its weights were imported
 
 
@@ -109,8 +117,9 @@ class Trainer:
 
     Args:
         to_latents: a batch's images and noise to x_0, on the device.
-        batch_size: images per optimiser step, over everything.
+        batch_size: images per optimiser step, over all processes.
         device_batch_size: most images in one forward pass; a step accumulates over as many as it takes.
+        processes: those of the job, which have met when `run` is called.
         max_grad_norm: gradients are scaled down to this norm; None leaves them as they are.
         config: the resolved configuration, stored in every checkpoint.
         stop: becomes true when the process has been asked to stop.
@@ -139,21 +148,27 @@ class Trainer:
         max_grad_norm: float | None = None,
         ema_decays: Sequence[float] = (0.9999,),
         periodic: Sequence[Periodic] = (),
+        processes: Processes | None = None,
         stop: Callable[[], object] = lambda: False,
     ) -> None:
+        self.processes = processes or Processes()
         self.model, self.objective, self.batches, self.to_latents = model, objective, batches, to_latents
         self.optimizer, self.checkpoints, self.log, self.precision = optimizer, checkpoints, log, precision
         self.config, self.seed, self.batch_size, self.total_images = config, seed, batch_size, total_images
         self.save_every_images, self.log_every_images = save_every_images, log_every_images
         self.warmup_images, self.decay_images = warmup_images, decay_images
-        self.device_batch_size = device_batch_size or batch_size
+        self.samples = self.processes.share(batch_size)
+        self.parts = split(batch_size, self.processes, device_batch_size)
         self.max_grad_norm, self.periodic, self.stop = max_grad_norm, periodic, stop
         self.averages = ModelAverages(model, ema_decays)
         self.device = next(model.parameters()).device
         self.window = MetricsWindow(objective.num_timesteps, self.device)
         self.imported: Mapping[str, Any] | None = None
+        self.network = model  # what forward passes go through
         self.step = 0
         self.skipped_steps = self.skipped_in_a_row = self.failed_saves = 0
+        self.is_stopping = False  # whether any process has been asked to
+        self.pending: list[str] = []
 
     @property
     def images(self) -> int:
@@ -162,16 +177,25 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end. Raises Preempted after a full checkpoint when asked to stop."""
+        self.network = wrap_model(self.model, self.processes, len(self.parts))
         self.restore()
         self.model.train()
-        progress = Progress(self.total_images, self.images, "img")
+        progress = Progress(self.total_images, self.images, "img", is_shown=self.processes.is_first)
         try:
-            for batch in self.batches.starting_at(self.step):
-                if self.images >= self.total_images:
-                    break
-                self.run_step(batch)
-                progress.advance(self.batch_size, self.window.headline)
-                self.after_step(progress.say)
+            self.catch_up()
+            with contextlib.closing(self.batches.starting_at(self.step)) as batches:
+                first_step = self.step
+                while self.images < self.total_images:
+                    try:
+                        batch = next(batches)
+                    except Interrupted:
+                        self.is_stopping = True
+                        self.stop_here(progress.say)
+                    if self.step == first_step:
+                        self.warm_up(batch)
+                    self.run_step(batch)
+                    progress.advance(self.batch_size, self.window.headline)
+                    self.after_step(progress.say)
         finally:
             progress.close()
         self.finish()
@@ -180,36 +204,76 @@ class Trainer:
         """One optimiser step on one global batch."""
         try:
             self.set_learning_rate()
-            self.accumulate_gradients(batch)
-            grad_norm = self.clip_gradients()
-            self.update_weights(grad_norm)
+            draws, terms = self.compute_gradients(batch)
+            terms = self.share_losses(terms)
+            self.window.add_losses(terms, draws.t, draws.weight)
+            self.objective.observe(draws, terms["loss"])
+            self.update_weights(self.clip_gradients())
         except torch.cuda.OutOfMemoryError as error:
             raise OutOfMemoryError(
-                f"out of memory on {self.device} with {self.device_batch_size} images in a forward pass: "
+                f"out of memory on {self.device} with {len(self.parts[0])} images in a forward pass: "
                 "set trainer.device_batch_size lower (the global batch stays the same)"
             ) from error
         self.step += 1
 
-    def accumulate_gradients(self, batch: Batch) -> None:
-        """Backward through the mean loss of the global batch, in slices that fit the device."""
+    def warm_up(self, batch: Batch) -> None:
+        """Two passes whose gradients are thrown away.
+
+        DistributedDataParallel sums gradients in another order from its second pass on: without them the first
+        step after a restart would be rounded differently from the same step of a run that goes on.
+        """
+        if self.processes.world_size > 1:
+            for _ in range(2):
+                self.compute_gradients(batch)
+                self.optimizer.zero_grad(set_to_none=True)
+
+    def compute_gradients(self, batch: Batch) -> tuple[Draws, dict[str, Tensor]]:
+        """Backward through the mean loss of the global batch, in parts that fit the device.
+
+        Returns the draws of all samples, and the loss terms of this process's.
+        """
         generator = make_generator(self.seed, "step", self.step)
         draws: Draws | None = None
-        losses = []
-        for start in range(0, self.batch_size, self.device_batch_size):
-            part = slice(start, start + self.device_batch_size)
-            noise = None if batch.noise is None else self._place(batch.noise[part])
-            x_0 = self.to_latents(self._place(batch.images[part]), noise)
-            y = None if batch.labels is None else self._place(batch.labels[part])
+        found: list[dict[str, Tensor]] = []
+        # The reduction divides by the number of processes.
+        factor = self.processes.world_size / self.batch_size
+        for part in self.parts:
+            mine = slice(part.start - self.samples.start, part.stop - self.samples.start)
+            posterior_noise = None if batch.noise is None else self._place(batch.noise[mine])
+            x_0 = self.to_latents(self._place(batch.images[mine]), posterior_noise)
+            y = None if batch.labels is None else self._place(batch.labels[mine])
+            shape = x_0.shape[1:]
             if draws is None:
-                draws = self.objective.draw((self.batch_size, *x_0.shape[1:]), generator)
-            mine = draws[part].to(self.device)
-            with self.precision.autocast():
-                terms = self.objective(self.model, x_0, y, mine)
-            loss = terms["loss"].sum() / self.batch_size
-            self.precision.scaler.scale(loss).backward()
-            self.window.add_losses(terms, mine.t, mine.weight)
-            losses.append(terms["loss"].detach())
-        self.objective.observe(draws, torch.cat(losses))
+                draws = self.objective.draw((self.batch_size, *shape), generator)
+            noise = self._place(draw_normal(self.seed, "noise", self.step, part, shape))
+            drawn = draws[part.start : part.stop].to(self.device)
+            is_last = part is self.parts[-1]
+            with contextlib.nullcontext() if is_last else local_gradients(self.network):
+                with self.precision.autocast():
+                    terms = self.objective(self.network, x_0, y, drawn, noise)
+                loss = terms["loss"].sum() * factor
+                with self.processes.noticing_losses():
+                    self.precision.scaler.scale(loss).backward()
+            found.append({name: term.detach().float() for name, term in terms.items()})
+        assert draws is not None
+        return draws, {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
+
+    def share_losses(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The loss terms of all samples of the global batch, from those of this process's share.
+
+        With them goes whether a process has been asked to stop, so that all know it in the same step.
+        """
+        asked = bool(self.stop())
+        if self.processes.world_size == 1:
+            self.is_stopping |= asked
+            return dict(terms)
+        everything = torch.zeros(len(terms) * self.batch_size + 1, device=self.device)
+        everything[-1] = asked
+        rows = everything[:-1].view(len(terms), self.batch_size)
+        rows[:, self.samples.start : self.samples.stop] = torch.stack(list(terms.values()))
+        self.processes.sum(everything)
+        self.is_stopping |= bool(everything[-1])
+        return dict(zip(terms, rows, strict=True))
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -233,9 +297,11 @@ class Trainer:
         self.precision.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise DivergedError(
-                f"gradients were not finite in {self.skipped_in_a_row} steps on end, up to step {self.step}: "
-                "lower optimizer.lr, set trainer.max_grad_norm, or choose trainer.precision=fp32"
+            raise self.processes.told_by_first(
+                DivergedError(
+                    f"gradients were not finite in {self.skipped_in_a_row} steps on end, up to step {self.step}: "
+                    "lower optimizer.lr, set trainer.max_grad_norm, or choose trainer.precision=fp32"
+                )
             )
 
     def set_learning_rate(self) -> None:
@@ -254,23 +320,41 @@ class Trainer:
         ended = self.images >= self.total_images
         saving = self._due(self.save_every_images) or ended
         if self._due(self.log_every_images) or ended:
-            self.log.write(self.metrics())
+            self._log(self.metrics())
             self.window.reset()
         if not ended:
             for periodic in self.periodic:
                 if periodic.every_images and self._due(periodic.every_images):
-                    self._perform(periodic)
+                    self.pending.append(periodic.name)
+            self.catch_up()
+        if self.is_stopping and not ended:
+            self.stop_here(say)
         if saving:
             self.save(say)
-        if self.stop() and not ended:
-            if not saving:
-                self.save(say)
-            raise Preempted(f"stopped by signal at {self.images:,} images with a full checkpoint: run it again")
+
+    def stop_here(self, say: Callable[[str], None]) -> NoReturn:
+        """Save and end."""
+        self.save(say)
+        raise self.processes.told_by_first(
+            Preempted(f"stopped by signal at {self.images:,} images with a full checkpoint: run it again")
+        )
+
+    def catch_up(self) -> None:
+        """Do what is pending, as far as it goes before a stop."""
+        for periodic in self.periodic:
+            if periodic.name in self.pending and not self.is_stopping:
+                self._perform(periodic)
+                if not self.is_stopping:
+                    self.pending.remove(periodic.name)
 
     def finish(self) -> None:
         """The last pictures and evaluations; harmless to repeat."""
         for periodic in self.periodic:
             self._perform(periodic)
+            if self.is_stopping:
+                raise self.processes.told_by_first(
+                    Preempted(f"stopped by signal after the last step, in its {periodic.name}: run it again")
+                )
 
     def metrics(self) -> dict[str, Any]:
         """The record of the steps since the last one."""
@@ -284,6 +368,9 @@ class Trainer:
 
     def save(self, say: Callable[[str], None] = print) -> None:
         """Publish a checkpoint; a failure is retried once, then survived until the third on end."""
+        self.processes.on_first(lambda: self._save(say))
+
+    def _save(self, say: Callable[[str], None]) -> None:
         tensors = {
             "model": self.model.state_dict(),
             **self.averages.state(),
@@ -299,6 +386,7 @@ class Trainer:
             skipped_steps=self.skipped_steps,
             loss_scale=self.precision.scaler.state_dict(),
             window=self.window.state(),
+            pending=self.pending,
             imported=self.imported,
         )
         for group in tensors.values():
@@ -318,40 +406,60 @@ class Trainer:
                 say(f"saving failed: {error}")
                 failure = error
         self.failed_saves += 1
-        if self.failed_saves >= MAX_FAILED_SAVES or self.images >= self.total_images or self.stop():
+        if self.failed_saves >= MAX_FAILED_SAVES or self.images >= self.total_images or self.is_stopping:
             raise failure
 
     def restore(self) -> None:
-        """Continue from the newest valid checkpoint; without any, start at step 0."""
-        checkpoint = self.checkpoints.newest_valid()
-        if checkpoint is None:
-            self.log.rewind(-1)
-            return
-        checkpoint.check_model(self.model.state_dict())
-        train_state = TrainState(**checkpoint.document("train_state"))
-        # Before the first step any data will do: imported weights know none of ours.
-        if train_state.images and train_state.data != dict(self.batches.fingerprint):
-            raise RunDirectoryError(
-                f"{checkpoint.path}: trained on {train_state.data}, the configuration now gives "
-                f"{dict(self.batches.fingerprint)}: restore the data or choose another name"
-            )
-        self._load(checkpoint, train_state)
-        self.log.rewind(self.images)
+        """Continue from the newest valid checkpoint; without any, start at step 0.
 
-    def _load(self, checkpoint: Checkpoint, train_state: TrainState) -> None:
-        self.model.load_state_dict(checkpoint.tensors("model"))
-        averages = {name: checkpoint.tensors(name) for name in self.averages.state()}
-        self.averages.load(averages, train_state.ema_updates)
+        The first process reads it, for all.
+        """
+        checkpoint: Checkpoint | None = None
+
+        def find() -> Mapping[str, Any] | None:
+            nonlocal checkpoint
+            checkpoint = self.checkpoints.newest_valid()
+            if checkpoint is None:
+                self.log.rewind(-1)
+                return None
+            checkpoint.check_model(self.model.state_dict())
+            document = checkpoint.document("train_state")
+            # Before the first step any data will do: imported weights know none of ours.
+            if document["images"] and document["data"] != dict(self.batches.fingerprint):
+                raise RunDirectoryError(
+                    f"{checkpoint.path}: trained on {document['data']}, the configuration now gives "
+                    f"{dict(self.batches.fingerprint)}: restore the data or choose another name"
+                )
+            return document
+
+        document = self.processes.on_first(find)
+        if document is None:
+            return
+        self._load(lambda name: self._read(checkpoint, name), TrainState(**document))
+        if self.processes.is_first:
+            self.log.rewind(self.images)
+
+    def _read(self, checkpoint: Checkpoint | None, name: str) -> dict[str, Tensor]:
+        """The tensors of a checkpoint that the first process has; none if it holds no such file."""
+        tensors = None
+        if checkpoint is not None:
+            tensors = checkpoint.tensors(name) if f"{name}.safetensors" in checkpoint.files else {}
+        return self.processes.broadcast_tensors(tensors)
+
+    def _load(self, read: Callable[[str], dict[str, Tensor]], train_state: TrainState) -> None:
+        self.model.load_state_dict(read("model"))
+        self.averages.load({name: read(name) for name in self.averages.state()}, train_state.ema_updates)
         parameters = dict(self.model.named_parameters())
-        for key, tensor in checkpoint.tensors("optimizer").items():
+        for key, tensor in read("optimizer").items():
             name, _, field = key.rpartition("/")
             self.optimizer.state[parameters[name]][field] = tensor.to(self.device)
-        if "objective.safetensors" in checkpoint.files:
-            self.objective.load(checkpoint.tensors("objective"))
+        if objective := read("objective"):
+            self.objective.load(objective)
         if self.precision.scaler.is_enabled() and train_state.loss_scale:
             self.precision.scaler.load_state_dict(dict(train_state.loss_scale))
         self.step = train_state.images // self.batch_size  # also right if the batch size was changed
         self.skipped_steps, self.imported = train_state.skipped_steps, train_state.imported
+        self.pending = list(train_state.pending)
         if train_state.window is not None:
             self.window.load(train_state.window)
 
@@ -367,7 +475,34 @@ class Trainer:
         return self.images // every_images > (self.images - self.batch_size) // every_images
 
     def _perform(self, periodic: Periodic) -> None:
-        result = periodic.action(self.averages.first, self.images)
-        if result:
-            self.log.write({"images": self.images, "step": self.step, periodic.name: dict(result)})
+        undertaking = self.processes.undertake(self.stop)
+        result: Mapping[str, Any] = {}
+        try:
+            result = periodic.action(self.averages.first, self.images, undertaking)
+            undertaking.finish()
+        except Interrupted:
+            self.is_stopping = True
+        if result and not self.is_stopping:
+            self._log({"images": self.images, "step": self.step, periodic.name: dict(result)})
         self.window.restart_clock()
+
+    def _log(self, record: Mapping[str, Any]) -> None:
+        if self.processes.is_first:
+            self.log.write(record)
+
+
+def split(batch_size: int, processes: Processes, device_batch_size: int | None) -> list[range]:
+    """This process's share of a batch in parts of at most `device_batch_size`, as many as every process has.
+
+    ConfigError if a process would have an empty part.
+    """
+    fewest, most = batch_size // processes.world_size, -(-batch_size // processes.world_size)
+    num_parts = -(-most // (device_batch_size or most or 1))
+    if num_parts > fewest:
+        each = "" if device_batch_size is None else f", {device_batch_size} at a time"
+        raise ConfigError(
+            f"trainer.batch_size={batch_size}: cannot be shared by {processes.world_size} processes{each}: "
+            f"set it to a multiple of {processes.world_size}"
+        )
+    share = processes.share(batch_size)
+    return [share[len(share) * i // num_parts : len(share) * (i + 1) // num_parts] for i in range(num_parts)]

@@ -63,7 +63,8 @@ class MetricsWindow:
 
     @torch.no_grad()
     def add_losses(self, terms: Mapping[str, Tensor], t: Tensor, weight: Tensor) -> None:
-        """Loss terms (B,) at timesteps (B,), 0 .. num_timesteps, which carry the weights (B,) of their draws."""
+        """A step's loss terms (B,), weighted, at timesteps (B,), 0 .. num_timesteps, with weights (B,)."""
+        t, weight = t.to(self.device), weight.to(self.device)
         for name, term in terms.items():
             self.sums[name] = self.sums.get(name, 0) + term.detach().float().sum()
         quartile = (t * self.NUM_QUARTILES // self.num_timesteps).long().clamp(max=self.NUM_QUARTILES - 1)

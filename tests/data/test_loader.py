@@ -11,7 +11,7 @@ from diffussm.data.images import Digits
 from diffussm.data.latents import sample_posterior
 from diffussm.data.loader import BatchLoader
 from diffussm.runtime.errors import BadImage, ConfigError, DataError
-from diffussm.runtime.seeding import make_generator
+from diffussm.runtime.seeding import draw_normal, make_generator
 
 
 class Numbers:
@@ -119,7 +119,9 @@ def test_flips_mirror_half_of_the_images_by_step():
 def test_posterior_noise_is_drawn_by_step_where_an_autoencoder_takes_it():
     loader = BatchLoader(Numbers(50), 6, seed=5, with_labels=False, noise_shape=(4, 3, 3))
     first, second = islice(loader.starting_at(8), 2)
-    expected = torch.randn((6, 4, 3, 3), generator=make_generator(5, "posterior", 8))
+    expected = torch.stack(
+        [torch.randn((4, 3, 3), generator=make_generator(5, "posterior", 8, sample)) for sample in range(6)]
+    )
     assert torch.equal(first.noise, expected) and not torch.equal(second.noise, expected)
 
 
@@ -128,7 +130,7 @@ def test_latent_sets_give_x_0_with_stored_flips_and_the_same_noise():
     order = torch.cat([torch.randperm(11, generator=make_generator(5, "epoch", epoch)) for epoch in (2, 3)])
     chosen = order[2:10]  # positions 24 to 31
     flips = torch.rand(8, generator=make_generator(5, "flip", 3)) < 0.5
-    noise = torch.randn((8, 2, 4, 4), generator=make_generator(5, "posterior", 3))
+    noise = draw_normal(5, "posterior", 3, range(8), (2, 4, 4))
     mean, log_variance = Latents.moments[flips.long(), chosen].float().chunk(2, dim=1)
     assert flips.any() and not flips.all()
     assert batch.noise is None and batch.images.dtype == torch.float32

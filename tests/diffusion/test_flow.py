@@ -16,7 +16,7 @@ TIMES = torch.linspace(0, 1, 101, dtype=torch.float64)
 def draw(t, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x_0, noise = (torch.randn(len(t), 2, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
-    return x_0, Draws(1000 * t, noise, torch.zeros(len(t)), torch.ones(len(t)))
+    return x_0, Draws(1000 * t, torch.zeros(len(t)), torch.ones(len(t))), noise
 
 
 class Network(torch.nn.Module):
@@ -33,23 +33,23 @@ class Network(torch.nn.Module):
 
 def test_the_network_sees_the_straight_path_and_is_told_a_thousand_t():
     t = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
-    x_0, draws = draw(t)
+    x_0, draws, noise = draw(t)
     network = Network()
-    FlowObjective(StraightPath())(network, x_0, None, draws)
+    FlowObjective(StraightPath())(network, x_0, None, draws, noise)
     x_t, told = network.shown
     for i, time in enumerate(t.tolist()):
-        assert torch.allclose(x_t[i], (1 - time) * x_0[i] + time * draws.noise[i])
+        assert torch.allclose(x_t[i], (1 - time) * x_0[i] + time * noise[i])
         assert told[i] == 1000 * time
-    assert torch.equal(x_t[0], x_0[0]) and torch.equal(x_t[3], draws.noise[3])
+    assert torch.equal(x_t[0], x_0[0]) and torch.equal(x_t[3], noise[3])
 
 
 def test_the_loss_is_the_squared_error_of_the_velocity_with_its_gradient():
     """The velocity is the derivative of the path, taken here as a difference quotient."""
     t = torch.tensor([0.1, 0.4, 0.9], dtype=torch.float64)
-    x_0, draws = draw(t)
+    x_0, draws, noise = draw(t)
     network = Network()
-    loss = FlowObjective(StraightPath())(network, x_0, None, draws)["loss"]
-    path = lambda t: (1 - t.view(-1, 1, 1, 1)) * x_0 + t.view(-1, 1, 1, 1) * draws.noise  # noqa: E731
+    loss = FlowObjective(StraightPath())(network, x_0, None, draws, noise)["loss"]
+    path = lambda t: (1 - t.view(-1, 1, 1, 1)) * x_0 + t.view(-1, 1, 1, 1) * noise  # noqa: E731
     velocity = (path(t + 1e-6) - path(t - 1e-6)) / 2e-6
     expected = (velocity - network(path(t), 1000 * t)).square().mean((1, 2, 3))
     assert torch.allclose(loss, expected, rtol=1e-6)
@@ -59,12 +59,12 @@ def test_the_loss_is_the_squared_error_of_the_velocity_with_its_gradient():
 
 def test_a_predictor_inverts_the_path():
     t = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=torch.float64)
-    x_0, draws = draw(t)
+    x_0, _, noise = draw(t)
     time = t.view(-1, 1, 1, 1)
-    x_t = (1 - time) * x_0 + time * draws.noise
-    velocity = draws.noise - x_0
+    x_t = (1 - time) * x_0 + time * noise
+    velocity = noise - x_0
     prediction = FlowObjective(StraightPath()).predictor(lambda x, t, y: velocity)(x_t, 1000 * t, None)
-    assert torch.allclose(prediction.x_0, x_0) and torch.allclose(prediction.eps, draws.noise)
+    assert torch.allclose(prediction.x_0, x_0) and torch.allclose(prediction.eps, noise)
     assert prediction.variance_output is None
 
 

@@ -23,7 +23,7 @@ def inputs(weight=None):
     generator = torch.Generator().manual_seed(0)
     x_0, noise = (torch.randn(BATCH, 2, 3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     weight = torch.ones(BATCH) if weight is None else weight
-    return x_0.clamp(-1, 1), Draws(T, noise, torch.zeros(BATCH), weight)
+    return x_0.clamp(-1, 1), Draws(T, torch.zeros(BATCH), weight), noise
 
 
 def coefficients(schedule, t):
@@ -67,12 +67,12 @@ def assert_same(ours, expected, network):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_simple_is_the_squared_error_of_the_prediction(prediction):
-    x_0, draws = inputs()
+    x_0, draws, noise = inputs()
     network = Network()
-    terms = DDPMObjective(SCHEDULE, "simple", prediction)(network, x_0, None, draws)
+    terms = DDPMObjective(SCHEDULE, "simple", prediction)(network, x_0, None, draws, noise)
     a, s = coefficients(SCHEDULE, T)
-    output = network(a * x_0 + s * draws.noise, T)
-    expected = (target(prediction, SCHEDULE, x_0, T, draws.noise) - output).square().mean((1, 2, 3))
+    output = network(a * x_0 + s * noise, T)
+    expected = (target(prediction, SCHEDULE, x_0, T, noise) - output).square().mean((1, 2, 3))
     assert_same(terms["loss"], expected, network)
     assert set(terms) == {"loss", "mse"}
 
@@ -81,11 +81,11 @@ def test_simple_is_the_squared_error_of_the_prediction(prediction):
 def test_min_snr_is_one_weighting_of_the_error_of_x_0(prediction):
     """min(SNR, gamma) |x_0 - x_0'|^2, whatever is predicted."""
     gamma = 5.0
-    x_0, draws = inputs()
+    x_0, draws, noise = inputs()
     network = Network()
-    terms = DDPMObjective(SCHEDULE, "simple", prediction, min_snr_gamma=gamma)(network, x_0, None, draws)
+    terms = DDPMObjective(SCHEDULE, "simple", prediction, min_snr_gamma=gamma)(network, x_0, None, draws, noise)
     a, s = coefficients(SCHEDULE, T)
-    x_t = a * x_0 + s * draws.noise
+    x_t = a * x_0 + s * noise
     output = network(x_t, T)
     predicted = {"eps": (x_t - s * output) / a, "x_0": output, "v": a * x_t - s * output}[prediction]
     weight = (a / s).square().flatten().clamp(max=gamma)
@@ -97,11 +97,11 @@ def test_min_snr_is_one_weighting_of_the_error_of_x_0(prediction):
         assert torch.allclose(mine, theirs, rtol=1e-6)
 
 
-def bound_term(prediction, schedule, x_0, draws, network, fixed_variance, detach):
+def bound_term(prediction, schedule, x_0, draws, noise, network, fixed_variance, detach):
     """L_t in bits, written out from DDPM eq. 5 to 7 and 13 and iDDPM eq. 15; without t = 0."""
     t = draws.t
     a, s = coefficients(schedule, t)
-    x_t = a * x_0 + s * draws.noise
+    x_t = a * x_0 + s * noise
     output = network(x_t, t)
     value, v = output.chunk(2, dim=1) if network.variance is not None else (output, None)
     value = value.detach() if detach else value
@@ -127,12 +127,12 @@ def bound_term(prediction, schedule, x_0, draws, network, fixed_variance, detach
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("variance", ["learned", "beta", "beta_tilde"])
 def test_vlb_is_T_times_the_term_with_gradients_into_mean_and_variance(prediction, variance):
-    x_0, draws = inputs()
-    x_0, draws = x_0[1:], draws[1:]
+    x_0, draws, noise = inputs()
+    x_0, draws, noise = x_0[1:], draws[1:], noise[1:]
     network = Network(variance == "learned")
     options = {} if variance == "learned" else {"fixed_variance": variance}
-    terms = DDPMObjective(SCHEDULE, "vlb", prediction, **options)(network, x_0, None, draws)
-    expected = bound_term(prediction, SCHEDULE, x_0, draws, network, variance, detach=False)
+    terms = DDPMObjective(SCHEDULE, "vlb", prediction, **options)(network, x_0, None, draws, noise)
+    expected = bound_term(prediction, SCHEDULE, x_0, draws, noise, network, variance, detach=False)
     assert_same(terms["vb"], expected, network)
     assert_same(terms["loss"], 1000 * expected, network)
     assert all(gradient.abs().min() > 0 for gradient in gradients(terms["loss"].sum(), network))
@@ -142,9 +142,9 @@ def test_vlb_is_T_times_the_term_with_gradients_into_mean_and_variance(predictio
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_decoder_trains_what_the_other_terms_train(prediction, loss):
     """At t = 0, where L_0 is a likelihood."""
-    x_0, draws = inputs()
+    x_0, draws, noise = inputs()
     network = Network(learned=True)
-    terms = DDPMObjective(SCHEDULE, loss, prediction)(network, x_0[:1], None, draws[:1])
+    terms = DDPMObjective(SCHEDULE, loss, prediction)(network, x_0[:1], None, draws[:1], noise[:1])
     of_value, of_variance = gradients(terms["vb"].sum(), network)
     assert of_variance.abs().min() > 0
     assert of_value.abs().max() > 0 if loss == "vlb" else of_value.abs().max() == 0
@@ -152,15 +152,15 @@ def test_the_decoder_trains_what_the_other_terms_train(prediction, loss):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_hybrid_adds_the_bound_whose_gradient_reaches_the_variance_only(prediction):
-    x_0, draws = inputs()
-    x_0, draws = x_0[1:], draws[1:]
+    x_0, draws, noise = inputs()
+    x_0, draws, noise = x_0[1:], draws[1:], noise[1:]
     network = Network(learned=True)
     objective = DDPMObjective(SCHEDULE, "hybrid", prediction, vb_weight=0.3, min_snr_gamma=5.0)
-    terms = objective(network, x_0, None, draws)
+    terms = objective(network, x_0, None, draws, noise)
     simple = DDPMObjective(SCHEDULE, "hybrid", prediction, vb_weight=0.0, min_snr_gamma=5.0)
-    bound = bound_term(prediction, SCHEDULE, x_0, draws, network, None, detach=True)
+    bound = bound_term(prediction, SCHEDULE, x_0, draws, noise, network, None, detach=True)
     assert_same(terms["vb"], bound, network)
-    assert_same(terms["loss"], simple(network, x_0, None, draws)["loss"] + 0.3 * bound, network)
+    assert_same(terms["loss"], simple(network, x_0, None, draws, noise)["loss"] + 0.3 * bound, network)
     of_value, of_variance = gradients(terms["vb"].sum(), network)
     assert of_value.abs().max() == 0 and of_variance.abs().min() > 0
     of_value, of_variance = gradients(terms["mse"].sum(), network)
@@ -181,30 +181,31 @@ def test_the_weight_of_a_draw_scales_its_terms(loss):
     weight = torch.tensor([0.5, 1.0, 2.0, 3.0, 4.0, 0.25])
     network = Network(learned=loss != "simple")
     objective = DDPMObjective(SCHEDULE, loss)
-    x_0, draws = inputs()
-    plain, weighted = objective(network, x_0, None, draws), objective(network, x_0, None, inputs(weight)[1])
+    x_0, draws, noise = inputs()
+    plain = objective(network, x_0, None, draws, noise)
+    weighted = objective(network, x_0, None, inputs(weight)[1], noise)
     for name in plain:
         assert torch.allclose(weighted[name], weight * plain[name], rtol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, SNR_0], ids=["linear", "zero terminal"])
 def test_v_and_x_0_and_eps_invert_each_other(schedule):
-    x_0, draws = inputs()
+    x_0, _, noise = inputs()
     a, s = coefficients(schedule, T)
-    x_t = a * x_0 + s * draws.noise
-    v = v_from_x_0_and_eps(schedule, x_0, T, draws.noise)
-    assert torch.allclose(v, a * draws.noise - s * x_0)
+    x_t = a * x_0 + s * noise
+    v = v_from_x_0_and_eps(schedule, x_0, T, noise)
+    assert torch.allclose(v, a * noise - s * x_0)
     back, eps = x_0_and_eps_from_v(schedule, x_t, T, v)
-    assert torch.allclose(back, x_0) and torch.allclose(eps, draws.noise)
-    assert torch.allclose(eps_from_x_0(schedule, x_t, T, x_0), draws.noise, atol=1e-9)
+    assert torch.allclose(back, x_0) and torch.allclose(eps, noise)
+    assert torch.allclose(eps_from_x_0(schedule, x_t, T, x_0), noise, atol=1e-9)
 
 
 @pytest.mark.parametrize("loss", ["hybrid", "vlb"])
 @pytest.mark.parametrize("prediction", ["v", "x_0"])
 def test_zero_terminal_snr_trains_finitely(prediction, loss):
-    x_0, draws = inputs()
+    x_0, draws, noise = inputs()
     network = Network(learned=True)
-    terms = DDPMObjective(SNR_0, loss, prediction)(network, x_0, None, draws)
+    terms = DDPMObjective(SNR_0, loss, prediction)(network, x_0, None, draws, noise)
     assert all(term.isfinite().all() for term in terms.values())
     assert all(gradient.isfinite().all() for gradient in gradients(terms["loss"].sum(), network))
 
