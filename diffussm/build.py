@@ -310,15 +310,17 @@ def build_trainer(
         precision=precision,
         config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
         seed=config.seed,
-        periodic=_periodic(system, run, sample_every_images),
+        periodic=_periodic(system, run, sample_every_images, getattr(source, "preprocessing", None)),
         stop=stop,
         **settings,
     )
 
 
-def _periodic(system: System, run: RunDirectory, sample_every_images: int | None) -> list[Periodic]:
+def _periodic(
+    system: System, run: RunDirectory, sample_every_images: int | None, preprocessing: str | None
+) -> list[Periodic]:
     config = system.config
-    evaluation = build_evaluation(config, system.image_shape)
+    evaluation = build_evaluation(config, system.image_shape, preprocessing)
     if not config.sampler:
         if evaluation is not None and evaluation.every_images:
             every = evaluation.every_images
@@ -364,8 +366,10 @@ def draw_samples(generator: Generator, path: Path) -> None:
     save_grid(images, GRID_COLUMNS, path, [str(label) for label in classes])
 
 
-def build_evaluation(config: DictConfig, image_shape: Sequence[int]) -> Evaluation | None:
-    """The configured evaluation of images (C, H, W); None for evaluation=none."""
+def build_evaluation(
+    config: DictConfig, image_shape: Sequence[int], preprocessing: str | None = None
+) -> Evaluation | None:
+    """The configured evaluation of images (C, H, W) that were prepared like this; None for evaluation=none."""
     if not config.evaluation:
         return None
     node = config.evaluation.copy()
@@ -374,6 +378,7 @@ def build_evaluation(config: DictConfig, image_shape: Sequence[int]) -> Evaluati
         node.reference = str(Path(__file__).resolve().parent / inside)
     evaluation: Evaluation = construct(node, "evaluation")
     _check_extractor(evaluation.extractor, image_shape, "another evaluation, or evaluation=none")
+    evaluation.reference.refuse_images(image_shape, preprocessing)
     return evaluation
 
 
@@ -388,9 +393,10 @@ def build_extractor(evaluation: DictConfig, image_shape: Sequence[int]) -> Featu
 
 def _check_extractor(extractor: FeatureExtractor, image_shape: Sequence[int], choice: str) -> None:
     wanted = tuple(extractor.image_shape)
-    if tuple(image_shape) != wanted:
+    if any(side not in (None, given) for side, given in zip(wanted, image_shape, strict=True)):
+        shown = str(wanted).replace("None", "any")
         raise ConfigError(
-            f"evaluation.extractor: measures images of shape {wanted}, the data has {tuple(image_shape)}: "
+            f"evaluation.extractor: measures images of shape {shown}, the data has {tuple(image_shape)}: "
             f"choose {choice}"
         )
 

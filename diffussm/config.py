@@ -225,9 +225,9 @@ class BenchConfig:
     out: str = free("bench")  # directory of bench.json and bench.md
 
 
-SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "class_agreement")
+SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "density", "coverage", "class_agreement")
 METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
-BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data")
+BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data", "evaluation")
 ROOTS = {
     "train": TrainConfig,
     "encode": EncodeConfig,

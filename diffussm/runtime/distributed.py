@@ -1,6 +1,6 @@
 """The processes of one job: who this one is among them, and how they come to agree.
 
-torchrun and srun say it in the environment, which nothing else reads. What the processes tell each other here
+torchrun and srun say it in the environment. What the processes tell each other here
 goes through the store that they meet at: it needs no device, and waiting for others has no time limit. With one
 process everything is there and nothing is waited for.
 """

@@ -6,7 +6,8 @@ import scipy.linalg
 import torch
 
 from diffussm.evaluation import frechet_distance
-from diffussm.evaluation.metrics import inception_score, precision_recall
+from diffussm.evaluation.metrics import inception_score
+from diffussm.evaluation.neighbours import precision_recall
 from diffussm.evaluation.statistics import FeatureStatistics
 
 
