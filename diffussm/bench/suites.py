@@ -9,6 +9,7 @@ sampling      a denoising step and a layer with spectra kept from step to step, 
 gemm          large matrix products
 xl            DiffuSSM-XL, DiT-XL/2 and DiT-XL with patches of 1, for a GPU
 data          latents and photographs as the loader brings them (loading.py)
+evaluation    Inception's features and Frechet distances (evaluating.py)
 """
 
 import math
@@ -20,6 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from diffussm.bench.baselines import Attention, DiffusersDiT, MatrixProduct, NoSSM, TextbookS4D
+from diffussm.bench.evaluating import (
+    AREA,
+    CHANNELS_LAST,
+    DIM,
+    DISTANCE,
+    FEATURES,
+    FIDELITY,
+    SQRTM,
+    measure_evaluation,
+)
 from diffussm.bench.loading import FOLDER, LATENT_AREA, LATENTS, PHOTOGRAPH_AREA, TORCHVISION, measure_loading
 from diffussm.bench.workload import Measurement, Phase, Setup, Skip, Subject, measure_group
 from diffussm.build import create_model
@@ -99,6 +110,10 @@ COMPARISONS = (
     Comparison("data", "loading", "throughput", LATENTS, goals={LATENT_AREA: 20_000}),
     Comparison("data", "loading", "throughput", FOLDER),
     Comparison("data", "loading", "time", FOLDER, TORCHVISION, {PHOTOGRAPH_AREA: 1.0}),
+    Comparison("evaluation", "features", "throughput", FEATURES),
+    Comparison("evaluation", "features", "time", FEATURES, FIDELITY, {AREA: 1.0}),
+    Comparison("evaluation", "features", "time", CHANNELS_LAST, FIDELITY, {AREA: 1.0}),
+    Comparison("evaluation", "distance", "time", DISTANCE, SQRTM, {DIM: 2.0}),
 )
 
 
@@ -108,6 +123,9 @@ def run_suites(names: Sequence[str], setup: Setup, note: Callable[[str], None]) 
     for suite in names:
         if suite == "data":
             yield from measure_loading(setup, note)
+            continue
+        if suite == "evaluation":
+            yield from measure_evaluation(setup, note)
             continue
         maker, phases, most = SUITES[suite]
         for length in sorted(setup.lengths):

@@ -31,13 +31,14 @@ from diffussm.evaluation.neighbours import (
     sample_densities,
 )
 from diffussm.evaluation.network import FrozenNetwork
-from diffussm.evaluation.observed import NUM_PARTS, Observed
+from diffussm.evaluation.observed import Observed
 from diffussm.evaluation.reference import Reference
 from diffussm.evaluation.statistics import FeatureStatistics
 
 FRECHET = {"fid": "pool", "sfid": "spatial"}
 NEIGHBOURLY = ("precision", "recall", "kid", "density", "coverage")  # which need the reference's images
 DENSITY_K = 5
+NUM_PARTS = 4  # a power of two: the sets whose distances are extrapolated
 REFERENCE_BATCH = 64
 PROBE = 16  # images that show how far other arithmetic deviates
 
@@ -101,7 +102,7 @@ class Comparison:
         kept = set(sums) if self.intervals else set()
         kept |= {"pool"} if chosen & set(NEIGHBOURLY) else set()
         kept |= {"logits"} if "is" in chosen else set()
-        observed = Observed(sums, kept)
+        observed = Observed(sums, kept, NUM_PARTS if self.extrapolate else 1)
         for batch in batches:
             observed.update(batch.indices, extractor(batch.images.to(device)), batch.labels)
             if isinstance(extractor, FrozenNetwork) and "deviation" not in self._known:

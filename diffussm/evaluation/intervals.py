@@ -10,7 +10,8 @@ FID, sFID, KID, IS         infinitesimal jackknife: the spread of each sample's 
 precision, agreement       Wilson: shares of independent samples
 density                    the mean of independent samples
 recall, coverage           jackknife over NUM_GROUPS groups: what a reference image meets depends on all samples.
-                           A bootstrap would repeat samples, and their nearest neighbours would be themselves
+                           It errs on the wide side (Efron and Stein 1981), for recall up to twofold. A bootstrap
+                           would repeat samples, and their nearest neighbours would be themselves
 """
 
 import math

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffussm.evaluation.statistics import FeatureStatistics
 
 Array = np.ndarray | Tensor
+NOISE = 10
 
 
 class FrechetDistance:
@@ -34,7 +35,8 @@ class FrechetDistance:
         which, unlike a matrix square root of S1 S2, is real and stable for singular covariances.
         """
         mean, covariance = self._take(mu, sigma)
-        cross = torch.linalg.eigvalsh(self._root @ covariance @ self._root).clamp_min(0).sqrt().sum()
+        eigenvalues = torch.linalg.eigvalsh(self._root @ covariance @ self._root)
+        cross = eigenvalues[_above_rounding(eigenvalues)].sqrt().sum()
         distance = (mean - self.mu).square().sum() + covariance.trace() + self.sigma.trace() - 2 * cross
         return max(float(distance), 0.0)  # rounding can leave a distance of 0 a hair below it
 
@@ -48,8 +50,7 @@ class FrechetDistance:
         """
         mean, covariance = self._take(mu, sigma)
         eigenvalues, vectors = torch.linalg.eigh(self._root @ covariance @ self._root)
-        # Directions in which no sample differs have no transport, and 1 / 0 must not make one of rounding.
-        is_seen = eigenvalues > len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues[-1]
+        is_seen = _above_rounding(eigenvalues)
         half = (vectors[:, is_seen] * eigenvalues[is_seen] ** -0.25).T @ self._root  # T = half^T half
         pulls = []
         for chunk in rows.split(chunk_size):
@@ -64,6 +65,14 @@ class FrechetDistance:
         if not mean.shape == self.mu.shape == covariance.shape[:1] == self.sigma.shape[:1]:
             raise ValueError(f"features of different size: {len(mean)} and {len(self.mu)}")
         return mean, covariance
+
+
+def _above_rounding(eigenvalues: Tensor) -> Tensor:
+    """Which of them, ascending and of a semidefinite matrix, are not 0.
+
+    Where samples do not differ there is rounding, whose root would be ten thousand times as large.
+    """
+    return eigenvalues > NOISE * len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues[-1]
 
 
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:

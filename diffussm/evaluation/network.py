@@ -68,6 +68,7 @@ class FrozenNetwork(nn.Module):
         return float((fast - plain).abs().max() / plain.square().mean().sqrt())
 
     def _arrange(self, channels_last: bool) -> None:
+        """Activations follow the format of the weights."""
         self.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 

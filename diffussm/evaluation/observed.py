@@ -8,8 +8,6 @@ from torch import Tensor
 from diffussm.evaluation.features import Features
 from diffussm.evaluation.statistics import FeatureStatistics
 
-NUM_PARTS = 4  # a power of two: the sets whose distances are extrapolated
-
 
 class Observed:
     """Sums of features, and the features themselves where they are kept, of the images of some indices.
@@ -21,10 +19,11 @@ class Observed:
     Args:
         sums: of which features to take statistics: pool, spatial.
         kept: which features to keep: pool, spatial, logits.
+        num_parts: into how many parts the sums are divided, by index modulo num_parts.
     """
 
-    def __init__(self, sums: Collection[str], kept: Collection[str]) -> None:
-        self.sums, self.kept = tuple(sorted(sums)), tuple(sorted(kept))
+    def __init__(self, sums: Collection[str], kept: Collection[str], num_parts: int = 1) -> None:
+        self.sums, self.kept, self.num_parts = tuple(sorted(sums)), tuple(sorted(kept)), num_parts
         self._statistics: dict[str, list[FeatureStatistics]] = {}
         self._rows: dict[str, list[Tensor]] = {name: [] for name in ("index", "agrees", *self.kept)}
 
@@ -34,10 +33,10 @@ class Observed:
         for name in self.sums:
             values = getattr(features, name)
             parts = self._statistics.setdefault(
-                name, [FeatureStatistics(values.shape[1], values.device) for _ in range(NUM_PARTS)]
+                name, [FeatureStatistics(values.shape[1], values.device) for _ in range(self.num_parts)]
             )
             for number, part in enumerate(parts):
-                if len(chosen := values[(index % NUM_PARTS == number).to(values.device)]):
+                if len(chosen := values[(index % self.num_parts == number).to(values.device)]):
                     part.update(chosen)
         self._rows["index"].append(index)
         for name in self.kept:
@@ -47,7 +46,8 @@ class Observed:
 
     def merge(self, other: "Observed") -> None:
         """Count in what another stream of the same kind has seen, of other images."""
-        assert (self.sums, self.kept) == (other.sums, other.kept), "streams of different kinds"
+        kinds = {(one.sums, one.kept, one.num_parts) for one in (self, other)}
+        assert len(kinds) == 1, "streams of different kinds"
         for name, parts in other._statistics.items():
             if name not in self._statistics:
                 self._statistics[name] = [FeatureStatistics.from_state(part.state()) for part in parts]
@@ -66,15 +66,17 @@ class Observed:
         return state
 
     @classmethod
-    def from_state(cls, sums: Collection[str], kept: Collection[str], state: Mapping[str, Tensor]) -> "Observed":
+    def from_state(
+        cls, sums: Collection[str], kept: Collection[str], state: Mapping[str, Tensor], num_parts: int = 1
+    ) -> "Observed":
         """The inverse of `state`, given what the stream was told to gather."""
-        observed = cls(sums, kept)
+        observed = cls(sums, kept, num_parts)
         for key, value in state.items():
             kind, _, rest = key.partition(".")
             if kind == "rows":
                 observed._rows[rest].append(value)
         for name in observed.sums:
-            prefixes = [f"sums.{name}.{number}." for number in range(NUM_PARTS)]
+            prefixes = [f"sums.{name}.{number}." for number in range(num_parts)]
             if f"{prefixes[0]}count" in state:
                 observed._statistics[name] = [
                     FeatureStatistics.from_state({key: state[prefix + key] for key in ("count", "sum", "outer")})
@@ -95,7 +97,7 @@ class Observed:
         return FeatureStatistics.total(self._statistics[name])
 
     def parts(self, name: str) -> list[FeatureStatistics]:
-        """Of NUM_PARTS parts of the images, by their index modulo NUM_PARTS."""
+        """Of each part of the images."""
         return list(self._statistics[name])
 
     def rows(self, name: str) -> Tensor:

@@ -117,11 +117,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _declared_bytes(stream: IO[bytes], key: str) -> int:
     """The size of a npy file by its header."""
-    version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"{key} is of npy version {version}")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(stream)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
+    except Exception as error:  # numpy parses it as Python, which has many ways to fail
+        raise ValueError(f"{key} has no header of numpy's") from error
     if dtype.hasobject:
         raise ValueError(f"{key} holds Python objects, which could run code")
     if any(length < 0 for length in shape):

@@ -23,7 +23,7 @@ class FeatureStatistics:
         x = features.double()
         self.count += len(x)
         self.sum += x.sum(dim=0)
-        self.outer += x.T @ x
+        self.outer.addmm_(x.T, x)
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Count in what another stream has seen."""
