@@ -95,8 +95,8 @@ DESCRIPTIONS = {
           evaluation.num_samples=1000   default: the evaluation of the run's configuration
           sampler= sampler.num_steps= guidance.scale= sampling.weights=
                                         as for `sample`
-          metrics=[fid,is]              of fid, sfid, is, precision, recall, kid, density, coverage, class_agreement
-                                        (default: those that the evaluation and its reference allow)
+          metrics=[fid,is]              of fid, sfid, is, precision, recall, kid, density, coverage,
+                                        class_agreement (default: those that the reference allows)
           evaluation.intervals=true     also 95% confidence intervals
           metrics=[vlb]                 the exact variational bound on real images, in bits per dimension, the
                                         predicted x_0 clipped to the range of pixels
