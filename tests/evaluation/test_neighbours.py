@@ -1,5 +1,7 @@
 """Density, coverage and values without a group against their definitions; ties and duplicates do not matter."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -56,10 +58,11 @@ def test_a_set_covers_itself_whatever_the_chunks():
 
 
 def test_copies_of_one_image_have_neighbourhoods_of_no_extent():
-    reference = clouds(100, dim=64)[0]
-    copies = reference[:1].repeat(50, 1)
-    precision, recall = precision_recall(reference, copies)
-    assert precision == 1.0 and recall == 0.01  # the image itself, exactly
+    for dim, chunk_size in itertools.product((64, 500, 2048), (1, 7, 1024)):
+        reference = 3 * clouds(100, dim=dim)[0] + 10
+        copies = reference[:1].repeat(51, 1)
+        precision, recall = precision_recall(reference, copies, 3, chunk_size)
+        assert precision == 1.0 and recall == 0.01  # the image itself, exactly
 
 
 def test_a_distance_is_exact_far_from_the_origin():
