@@ -363,7 +363,7 @@ def build_trainer(
         precision=precision,
         config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
         seed=config.seed,
-        periodic=_periodic(system, run, processes, sample_every_images),
+        periodic=_periodic(system, run, processes, sample_every_images, getattr(source, "preprocessing", None)),
         processes=processes,
         stop=stop,
         **settings,
@@ -371,10 +371,14 @@ def build_trainer(
 
 
 def _periodic(
-    system: System, run: RunDirectory, processes: Processes, sample_every_images: int | None
+    system: System,
+    run: RunDirectory,
+    processes: Processes,
+    sample_every_images: int | None,
+    preprocessing: str | None,
 ) -> list[Periodic]:
     config = system.config
-    evaluation = build_evaluation(config, system.image_shape)
+    evaluation = build_evaluation(config, system.image_shape, preprocessing)
     if not config.sampler:
         if evaluation is not None and evaluation.every_images:
             every = evaluation.every_images
@@ -439,8 +443,10 @@ def draw_samples(
         save_grid(images, columns, path, names)
 
 
-def build_evaluation(config: DictConfig, image_shape: Sequence[int]) -> Evaluation | None:
-    """The configured evaluation of images (C, H, W); None for evaluation=none."""
+def build_evaluation(
+    config: DictConfig, image_shape: Sequence[int], preprocessing: str | None = None
+) -> Evaluation | None:
+    """The configured evaluation of images (C, H, W) that were prepared like this; None for evaluation=none."""
     if not config.evaluation:
         return None
     node = config.evaluation.copy()
@@ -449,6 +455,7 @@ def build_evaluation(config: DictConfig, image_shape: Sequence[int]) -> Evaluati
         node.reference = str(Path(__file__).resolve().parent / inside)
     evaluation: Evaluation = construct(node, "evaluation")
     _check_extractor(evaluation.extractor, image_shape, "another evaluation, or evaluation=none")
+    evaluation.reference.refuse_images(image_shape, preprocessing)
     return evaluation
 
 
@@ -463,9 +470,10 @@ def build_extractor(evaluation: DictConfig, image_shape: Sequence[int]) -> Featu
 
 def _check_extractor(extractor: FeatureExtractor, image_shape: Sequence[int], choice: str) -> None:
     wanted = tuple(extractor.image_shape)
-    if tuple(image_shape) != wanted:
+    if any(side not in (None, given) for side, given in zip(wanted, image_shape, strict=True)):
+        shown = str(wanted).replace("None", "any")
         raise ConfigError(
-            f"evaluation.extractor: measures images of shape {wanted}, the data has {tuple(image_shape)}: "
+            f"evaluation.extractor: measures images of shape {shown}, the data has {tuple(image_shape)}: "
             f"choose {choice}"
         )
 

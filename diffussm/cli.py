@@ -95,7 +95,9 @@ DESCRIPTIONS = {
           evaluation.num_samples=1000   default: the evaluation of the run's configuration
           sampler= sampler.num_steps= guidance.scale= sampling.weights=
                                         as for `sample`
-          metrics=[fid,is]              of fid, sfid, is, precision, recall, class_agreement (default: all these)
+          metrics=[fid,is]              of fid, sfid, is, precision, recall, kid, density, coverage,
+                                        class_agreement (default: those that the reference allows)
+          evaluation.intervals=true     also 95% confidence intervals
           metrics=[vlb]                 the exact variational bound on real images, in bits per dimension, the
                                         predicted x_0 clipped to the range of pixels
           metrics=[inversion]           how far DDIM, run backwards and forwards without clipping, ends from
@@ -113,7 +115,7 @@ DESCRIPTIONS = {
           data=NAME data.path=DIR data.resolution=256
                                         the images; those that cannot be read are left out and listed
           to=FILE.npz                   where they go; the unreadable ones beside it in FILE.bad_files.jsonl
-          evaluation=NAME               whose network measures the images
+          evaluation=NAME               whose network measures the images: digits, fid50k (Inception), dinov2_50k
           num_images=10000 seed=0       how many images go along, a random choice of this seed
           batch_size=64 num_workers=4   images in one pass; processes that read them
           device=cuda                   auto, cpu, cuda, cuda:1
@@ -181,7 +183,7 @@ DESCRIPTIONS = {
         a Markdown table with goals; writes bench.json and bench.md, after every result.
 
           suites=[layer,block]          of layer, convolution, block, model, dit, sampling, gemm, xl,
-                                        data, trainer
+                                        data, trainer, evaluation
           lengths=[256,1024,4096,16384] tokens
           batch_size=4 hidden_size=384 d_state=64 depth=13
           repetitions=9 seconds=10      at most, for every call

@@ -230,9 +230,11 @@ class BenchConfig:
     out: str = free("bench")  # directory of bench.json and bench.md
 
 
-SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "class_agreement")
+SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "density", "coverage", "class_agreement")
 METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
-BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data", "trainer")
+BENCH_SUITES = (
+    "layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data", "trainer", "evaluation",
+)  # fmt: skip
 ROOTS = {
     "train": TrainConfig,
     "encode": EncodeConfig,

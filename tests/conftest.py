@@ -20,7 +20,11 @@ SHAPED = (
     "data.autoencoder",
     "data.decode",
     "evaluation.features",
+    "evaluation.dino",
+    "evaluation.inception",
+    "evaluation.intervals",
     "evaluation.metrics",
+    "evaluation.neighbours",
     "evaluation.statistics",
     "bench.baselines",
 )

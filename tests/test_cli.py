@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RUN
@@ -24,10 +25,12 @@ from diffussm.cli import main
 from diffussm.commands.sample import _choose_labels
 from diffussm.compose import group_options
 from diffussm.config import TrainConfig
+from diffussm.evaluation.features import DIGITS_WEIGHTS
 from diffussm.models import DiT
 from diffussm.models.layouts import to_diffusers
 
 DIGITS = ("train", "experiment=digits")
+NO_WEIGHTS, WITH_WIDTH = "evaluation.extractor.weights=nowhere.pth", "evaluation.extractor.precision=fp8"
 DIGITS_DIT = ("train", "experiment=digits_dit")
 BAD_INPUT = [
     # arguments, exit code, what the line says
@@ -161,6 +164,27 @@ BAD_INPUT = [
     (("stats", "data=digits", "to=x.npz", "evaluation.k=5"), 2, "evaluation.k: decides nothing of a reference"),
     (("stats", "data=digits", "to=x.npz", "+evaluation.extractor.weights=no"), 65, "evaluation weights no"),
     (("stats", "data=fake", "to=x.npz"), 2, "evaluation.extractor: measures images of shape (1, 8, 8), the data"),
+    (
+        ("stats", "data=fake", "to=x.npz", "evaluation=fid5k", NO_WEIGHTS),
+        2,
+        f"{NO_WEIGHTS}: no such file: put http",
+    ),
+    (
+        ("stats", "data=fake", "to=x.npz", "evaluation=fid5k", WITH_WIDTH),
+        2,
+        "precision=fp8: must be one of fp32, bf",
+    ),
+    (
+        ("stats", "data=fake", "to=x.npz", "evaluation=dinov2_50k", NO_WEIGHTS),
+        2,
+        f"{NO_WEIGHTS}: no such file: give",
+    ),
+    ((*DIGITS, "evaluation=fid50k"), 2, "evaluation.reference: not set: add evaluation.reference=..."),
+    (
+        (*DIGITS, "evaluation=fid5k", "evaluation.reference=x.npz", NO_WEIGHTS),
+        2,
+        f"{NO_WEIGHTS}: no such file: put",
+    ),
     (("stats", "data.path=nowhere", "to=x.npz"), 65, "data.path=nowhere: no such directory"),
     (("inspect",), 2, "data.path: not set: add data.path=..."),
     (("inspect", "data.path=nowhere"), 65, "data.path=nowhere: no such directory"),
@@ -525,6 +549,19 @@ def test_evaluate_prints_a_table_and_records_everything(run, capsys):
     assert json.loads((run / "results.json").read_text())["request"]["sampling"]["seed"] == 5
     history = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
     assert [entry["request"]["sampling"]["seed"] for entry in history] == [0, 5]
+
+
+def test_metrics_that_the_reference_does_not_allow_are_refused_by_name(run, tmp_path, capsys):
+    with np.load(DIGITS_WEIGHTS.with_name("digits_reference.npz")) as whole:
+        np.savez(tmp_path / "part.npz", mu=whole["mu"], sigma=whole["sigma"])
+    arguments = ["evaluate", f"checkpoint={run}", f"out={tmp_path / 'r.json'}"]
+    arguments += [f"evaluation.reference={tmp_path / 'part.npz'}"]
+    for metric in ("sfid", "recall", "kid"):
+        assert main([*arguments, f"metrics=[fid,{metric}]"]) == 2
+        assert f"metrics=[{metric}]: part.npz and evaluation.extractor do not allow it" in capsys.readouterr().err
+    assert main(arguments) == 0
+    metrics = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    assert {"FID-digits", "IS"} <= set(metrics) and not {"sFID-digits", "recall", "KID-digits"} & set(metrics)
 
 
 def test_evaluation_none_measures_nothing(run, capsys):

@@ -26,6 +26,10 @@ def test_every_option_composes_and_matches_its_constructor(group, option):
     extra = ["data.path=somewhere"] if group == "data" and option not in ("digits", "fake") else []
     extra += ["autoencoder.pretrained=somewhere"] if (group, option) == ("autoencoder", "kl") else []
     extra += ["guidance.checkpoint=somewhere"] if group == "guidance" and option != "classifier_free" else []
+    extra += (
+        ["evaluation.reference=somewhere"] if group == "evaluation" and option not in ("digits", "none") else []
+    )
+    extra += ["evaluation.extractor.weights=somewhere"] if option == "dinov2_50k" else []
     if (group, option) == ("sampler", "none"):
         experiment = "digits_classifier"  # whose other keys set none of a sampler
     else:

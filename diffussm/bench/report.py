@@ -18,6 +18,7 @@ from diffussm.runtime.run_dir import write_atomically, write_json
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, as published
 EXPONENT_FROM = 1024  # tokens; below, fixed costs decide
+ONE_SETTING = ("data", "evaluation")  # suites whose goals always apply
 COMPARISON_COLUMNS = ("suite", "phase", "tokens", "compared", "measured", "goal", "")
 MEASUREMENT_COLUMNS = (
     "suite", "phase", "tokens", "subject", "parameters", "median ms", "spread", "times", "peak MiB", "images/s",
@@ -126,7 +127,7 @@ def compare(measurements: Sequence[Measurement], setup: Setup) -> Iterator[Verdi
     lengths = sorted({m.length for m in measurements})
     for comparison in COMPARISONS:
         on_gpu = comparison.suite == "xl" and setup.precision == "bf16"
-        applies = on_gpu or setup.is_reference or comparison.suite == "data"  # which has one setting only
+        applies = on_gpu or setup.is_reference or comparison.suite in ONE_SETTING
         goals = comparison.goals if comparison.goals and applies else {}
         key = comparison.suite, comparison.phase
         ours = [m for n in lengths if (m := found.get((*key, comparison.subject, n)))]

@@ -10,6 +10,7 @@ gemm          large matrix products
 xl            DiffuSSM-XL, DiT-XL/2 and DiT-XL with patches of 1, for a GPU
 data          latents and photographs as the loader brings them (loading.py)
 trainer       the trainer and a bare loop on the same model and data (training.py)
+evaluation    Inception's features and Frechet distances (evaluating.py)
 """
 
 import math
@@ -21,6 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from diffussm.bench.baselines import Attention, DiffusersDiT, MatrixProduct, NoSSM, TextbookS4D
+from diffussm.bench.evaluating import (
+    AREA,
+    CHANNELS_LAST,
+    DIM,
+    DISTANCE,
+    FEATURES,
+    FIDELITY,
+    SQRTM,
+    measure_evaluation,
+)
 from diffussm.bench.loading import FOLDER, LATENT_AREA, LATENTS, PHOTOGRAPH_AREA, TORCHVISION, measure_loading
 from diffussm.bench.training import BARE, TOKENS, TRAINER, measure_trainer
 from diffussm.bench.workload import Measurement, Phase, Setup, Skip, Subject, measure_group
@@ -102,6 +113,10 @@ COMPARISONS = (
     Comparison("data", "loading", "throughput", FOLDER),
     Comparison("data", "loading", "time", FOLDER, TORCHVISION, {PHOTOGRAPH_AREA: 1.0}),
     Comparison("trainer", TRAIN, "time", TRAINER, BARE, {TOKENS: 0.97}),
+    Comparison("evaluation", "features", "throughput", FEATURES),
+    Comparison("evaluation", "features", "time", FEATURES, FIDELITY, {AREA: 1.0}),
+    Comparison("evaluation", "features", "time", CHANNELS_LAST, FIDELITY, {AREA: 1.0}),
+    Comparison("evaluation", "distance", "time", DISTANCE, SQRTM, {DIM: 2.0}),
 )
 
 
@@ -114,6 +129,9 @@ def run_suites(names: Sequence[str], setup: Setup, note: Callable[[str], None]) 
             continue
         if suite == "trainer":
             yield from measure_trainer(setup, note)
+            continue
+        if suite == "evaluation":
+            yield from measure_evaluation(setup, note)
             continue
         maker, phases, most = SUITES[suite]
         for length in sorted(setup.lengths):

@@ -14,7 +14,7 @@ from diffussm.bench.memory import measured_peak, predicted_peak
 from diffussm.bench.timing import Timing, alternate
 from diffussm.models.complexity import Complexity, measure_module
 
-Phase = Literal["forward", "training step", "loading"]
+Phase = Literal["forward", "training step", "loading", "features", "distance"]
 GIB = 2**30
 
 

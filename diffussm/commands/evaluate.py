@@ -22,7 +22,7 @@ from diffussm.commands.from_checkpoint import (
 from diffussm.config import SAMPLE_METRICS
 from diffussm.data.images import ImageSource
 from diffussm.data.loader import is_latent_set
-from diffussm.evaluation.evaluator import table
+from diffussm.evaluation.evaluator import Evaluation, table
 from diffussm.evaluation.likelihood import chosen_images, measure_images
 from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import ConfigError
@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
             raise ConfigError("evaluation=none: nothing to compare samples with: choose an evaluation")
         if of_samples == ["class_agreement"] and not evaluation.class_agreement:
             raise ConfigError("metrics=[class_agreement]: evaluation.class_agreement=false leaves it out")
+        _refuse_unavailable(evaluation, config.metrics or ())
     system = build_system(checkpoint, trained, config.device)
     decisive = [*(["evaluation"] if of_samples else []), *([] if wanted == ["vlb"] else ["sampler", "guidance"])]
     request = make_request(checkpoint, config, ("metrics", *decisive))
@@ -94,6 +95,17 @@ def run(options: argparse.Namespace) -> int:
     print(table(_rows(results, config)))
     print(f"results      {out}")
     return 0
+
+
+def _refuse_unavailable(evaluation: Evaluation, metrics: Sequence[str]) -> None:
+    """What was asked for by name is not left out in silence."""
+    has = evaluation.comparison.available
+    for name in metrics:
+        if name in SAMPLE_METRICS and name not in has and name != "class_agreement":
+            raise ConfigError(
+                f"metrics=[{name}]: {evaluation.reference.path.name} and evaluation.extractor do not allow it: "
+                f"choose from {', '.join(has)}"
+            )
 
 
 def _images(config: DictConfig, trained: DictConfig, system: System, metrics: Sequence[str]) -> ImageSource:

@@ -3,24 +3,26 @@
 import math
 import platform
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffussm.evaluation.comparison import Comparison
 from diffussm.evaluation.features import FeatureExtractor
 from diffussm.evaluation.generate import Generated, Generator
-from diffussm.evaluation.metrics import frechet_distance, inception_score, precision_recall
 from diffussm.evaluation.reference import Reference
-from diffussm.evaluation.statistics import FeatureStatistics
 
 PIXELS = "uint8, clamp(127.5 x + 128, 0, 255) truncated"
 
 
 class Evaluation:
-    """FID, sFID, IS, precision, recall (and class agreement) of generated images against a reference.
+    """The metrics of generated images, by the features of one network, against one reference.
+
+    FID, sFID and IS after ADM, precision and recall, KID, density and coverage: those that the extractor and the
+    reference allow.
 
     Args:
         extractor: the network behind the metrics.
@@ -30,6 +32,9 @@ class Evaluation:
         k: neighbours of precision and recall.
         class_agreement: also report the share of samples that the extractor's classifier recognises as the
             class that was asked for; for extractors trained on the same classes.
+        intervals: also give each metric's 95% confidence interval (intervals.py). FID's and sFID's take another
+            eigendecomposition each, recall's another pass over its distances.
+        extrapolate: also give FID_inf, which does not depend on num_samples; takes six more FIDs.
     """
 
     def __init__(
@@ -40,18 +45,15 @@ class Evaluation:
         every_images: int | None = None,
         k: int = 3,
         class_agreement: bool = False,
+        intervals: bool = False,
+        extrapolate: bool = False,
     ) -> None:
-        self.extractor, self.reference = extractor, Reference(Path(reference))
         if num_samples < 2:
             raise ValueError(f"num_samples={num_samples}: must be at least 2")
-        held_out = self.reference.held_out
-        fewest = min(num_samples, len(self.reference.images), *([] if held_out is None else [len(held_out)]))
-        if not 1 <= k < fewest:
-            raise ValueError(
-                f"k={k}: must be at least 1 and below {fewest}, the smallest number of images compared"
-            )
-        self.num_samples, self.every_images = num_samples, every_images
-        self.k, self.class_agreement = k, class_agreement
+        self.extractor, self.reference = extractor, Reference(Path(reference))
+        self.comparison = Comparison(extractor, self.reference, k, class_agreement, intervals, extrapolate)
+        self.comparison.refuse_few(num_samples)
+        self.num_samples, self.every_images, self.class_agreement = num_samples, every_images, class_agreement
 
     def run(
         self,
@@ -77,76 +79,45 @@ class Evaluation:
 
     def record(self) -> dict[str, Any]:
         """What, besides the samples, decides the numbers."""
+        extractor = self.extractor
         return {
-            "extractor": {"name": self.extractor.name or "inception", "sha256": self.extractor.sha256},
+            "extractor": {
+                "name": extractor.name or "inception", "sha256": extractor.sha256, **extractor.settings
+            },
             "reference": {
                 "file": self.reference.path.name,
                 "sha256": self.reference.sha256,
                 "preprocessing": self.reference.preprocessing,
             },
             "pixels": PIXELS,
-            "k": self.k,
+            "k": self.comparison.k,
             "versions": {
                 "diffussm": version("diffussm"),
                 "torch": str(torch.__version__),
                 "python": platform.python_version(),
             },
-        }
+        }  # fmt: skip
 
     def _generated(self, generator: Generator, advance: Any) -> Iterable[Generated]:
         for batch in generator.generate(range(self.num_samples)):
             yield batch
             advance(len(batch.indices))
 
-    @torch.no_grad()
     def _measure(
         self, batches: Iterable[Generated], device: torch.device, wanted: Collection[str] | None = None
     ) -> dict[str, Any]:
-        extractor = self.extractor.to(device)
-        pool_statistics = FeatureStatistics(len(self.reference.pool[0]))
-        spatial_statistics = FeatureStatistics(len(self.reference.spatial[0]))
-        pools, logits = [], []
-        agreed = labelled = 0
-        for batch in batches:
-            features = extractor(batch.images.to(device))
-            pool_statistics.update(features.pool.cpu())
-            spatial_statistics.update(features.spatial.cpu())
-            pools.append(features.pool.cpu())
-            logits.append(features.logits.cpu())
-            if batch.labels is not None:
-                agreed += int((features.logits.argmax(dim=1).cpu() == batch.labels).sum())
-                labelled += len(batch.labels)
-        suffix = f"-{extractor.name}" if extractor.name else ""
-
-        def is_wanted(name: str) -> bool:
-            return wanted is None or name.lower() in wanted
-
-        metrics: dict[str, Any] = {}
-        for name, statistics, reference in (
-            ("FID", pool_statistics, self.reference.pool),
-            ("sFID", spatial_statistics, self.reference.spatial),
-        ):
-            if is_wanted(name):
-                metrics[name + suffix] = frechet_distance(statistics.mean, statistics.covariance, *reference)
-        if is_wanted("IS"):
-            metrics["IS"] = inception_score(torch.cat(logits))
-        if is_wanted("precision") or is_wanted("recall"):
-            chunks = [extractor(chunk.to(device)).pool.cpu() for chunk in self.reference.images.split(512)]
-            both = precision_recall(torch.cat(chunks), torch.cat(pools), self.k)
-            found = zip(("precision", "recall"), both, strict=True)
-            metrics |= {name: value for name, value in found if is_wanted(name)}
-        if self.class_agreement and is_wanted("class_agreement"):
-            metrics["class_agreement"] = agreed / labelled if labelled else None
-        return metrics
+        observed = self.comparison.observe(batches, device, wanted)
+        return self.comparison.compare(observed, device, wanted)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Metrics by row as aligned text; a dash where a row has no such number."""
-    skipped = ("num_samples",)
+    skipped = ("num_samples", "intervals")
     columns = list(dict.fromkeys(key for row in rows.values() for key in row if key not in skipped))
     cells = [["", "images", *columns]]
     for name, row in rows.items():
-        numbers = [_cell(row.get(column)) for column in columns]
+        intervals = row.get("intervals", {})
+        numbers = [_cell(row.get(column), intervals.get(column)) for column in columns]
         cells.append([name, f"{row['num_samples']:,}", *numbers])
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join(
@@ -155,7 +126,11 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _cell(value: float | None) -> str:
+def _cell(value: float | None, interval: Sequence[float] | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    digits = 3 if abs(value) < 10 else 1
+    if 0 < abs(value) < 0.01:
+        digits = 5  # KID
+    spread = f" ±{(interval[1] - interval[0]) / 2:.{digits}f}" if interval else ""
+    return f"{value:.{digits}f}{spread}"

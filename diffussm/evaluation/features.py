@@ -1,8 +1,9 @@
 """Feature extractors: networks that turn uint8 images into what the metrics compare."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import safetensors.torch
 import torch
@@ -17,19 +18,28 @@ DIGITS_WEIGHTS = Path(__file__).with_name("digits_cnn.safetensors")
 
 
 class Features(NamedTuple):
-    """Pooled features (FID, precision, recall), spatial features (sFID) and class logits (IS)."""
+    """Pooled features (FID, KID, precision and the like), spatial features (sFID) and class logits (IS)."""
 
     pool: Float[Tensor, "B pool"]
-    spatial: Float[Tensor, "B spatial"]
-    logits: Float[Tensor, "B classes"]
+    spatial: Float[Tensor, "B spatial"] | None
+    logits: Float[Tensor, "B classes"] | None
 
 
 class FeatureExtractor(Protocol):
-    """A frozen network behind the metrics; `name` qualifies them (FID-<name>), None means Inception's."""
+    """A frozen network behind the metrics.
+
+    Attributes:
+        name: qualifies the metrics (FID-<name>), None means Inception's.
+        image_shape: (C, H, W) of the images; None for a height and width that may be any.
+        dims: by name of what it gives of Features, the number of dimensions.
+        settings: what besides the weights decides the features, for the record.
+    """
 
     name: str | None
     sha256: str
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, int | None, int | None]
+    dims: Mapping[str, int]
+    settings: Mapping[str, Any]
 
     def __call__(self, images: Tensor) -> Features: ...
     def to(self, device: torch.device) -> "FeatureExtractor": ...
@@ -44,6 +54,8 @@ class DigitsCNN(nn.Module):
 
     name = "digits"
     image_shape = (1, 8, 8)
+    dims: Mapping[str, int] = {"pool": 64, "spatial": 112, "logits": 10}
+    settings: Mapping[str, Any] = {}
 
     def __init__(self) -> None:
         super().__init__()

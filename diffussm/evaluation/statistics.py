@@ -1,5 +1,7 @@
 """Feature statistics as exact streams: float64 sums that merge by addition."""
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,13 +23,35 @@ class FeatureStatistics:
         x = features.double()
         self.count += len(x)
         self.sum += x.sum(dim=0)
-        self.outer += x.T @ x
+        self.outer.addmm_(x.T, x)
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Count in what another stream has seen."""
         self.count += other.count
-        self.sum += other.sum
-        self.outer += other.outer
+        self.sum += other.sum.to(self.sum.device)
+        self.outer += other.outer.to(self.outer.device)
+
+    @classmethod
+    def total(cls, parts: Iterable["FeatureStatistics"]) -> "FeatureStatistics":
+        """What all of these streams, of one dimension, have seen together."""
+        first, *rest = parts
+        whole = cls.from_state(first.state())
+        for part in rest:
+            whole.merge(part)
+        return whole
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that another process can rebuild these statistics from."""
+        return {"count": torch.tensor(self.count), "sum": self.sum.clone(), "outer": self.outer.clone()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> "FeatureStatistics":
+        """The inverse of `state`."""
+        statistics = cls(len(state["sum"]), state["sum"].device)
+        statistics.count = int(state["count"])
+        statistics.sum += state["sum"]
+        statistics.outer += state["outer"]
+        return statistics
 
     @property
     def mean(self) -> Float[Tensor, "dim"]:

@@ -210,7 +210,7 @@ def _sample_results(facts: CardFacts) -> str | None:
     shown = {"these weights": results["metrics"]}
     if results["real_against_real"]:
         shown["real against real"] = results["real_against_real"]
-    metrics = [key for key in results["metrics"] if key not in ("num_samples", "images_per_second")]
+    metrics = [key for key in results["metrics"] if key not in ("num_samples", "images_per_second", "intervals")]
     rows = [
         [name, f"{row['num_samples']:,}", *(_number(row.get(key)) for key in metrics)]
         for name, row in shown.items()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from diffussm.bench import loading, suites, workload
+from diffussm.bench import evaluating, loading, suites, training, workload
 from diffussm.bench.suites import COMPARISONS, SUITES, run_suites
 from diffussm.bench.workload import Measurement, Setup, Skip, Subject, Workload, measure_group
 from diffussm.config import BENCH_SUITES
@@ -39,10 +40,13 @@ def linear(name="linear", width=8) -> Subject:
 
 
 DATA_SUBJECTS = (loading.LATENTS, loading.FOLDER, loading.TORCHVISION)
+EVALUATION_SUBJECTS = (
+    evaluating.FEATURES, evaluating.CHANNELS_LAST, evaluating.FIDELITY, evaluating.DISTANCE, evaluating.SQRTM,
+)  # fmt: skip
 
 
 def test_the_configuration_names_the_suites_there_are():
-    assert set(BENCH_SUITES) == {*SUITES, "data"}
+    assert set(BENCH_SUITES) == {*SUITES, "data", "trainer", "evaluation"}
 
 
 @pytest.mark.parametrize("suite", [name for name in SUITES if name != "xl"])
@@ -60,8 +64,9 @@ def test_every_subject_is_measured_at_every_length_and_phase(suite):
 
 def test_every_comparison_names_subjects_of_its_suite():
     for comparison in COMPARISONS:
-        if comparison.suite == "data":
-            assert {comparison.subject, comparison.against} <= {*DATA_SUBJECTS, ""}
+        if comparison.suite not in SUITES:
+            known = {*DATA_SUBJECTS, *EVALUATION_SUBJECTS, training.TRAINER, training.BARE, ""}
+            assert {comparison.subject, comparison.against} <= known
             continue
         maker, phases, most = SUITES[comparison.suite]
         names = {subject.name for subject in maker(TINY, 16)}
@@ -142,3 +147,34 @@ def test_both_pipelines_read_the_same_pixels(monkeypatch, tmp_path):
             assert image.size == loading.PHOTOGRAPH_SIZE
             theirs = np.asarray(loading._crop_as_adm(image.convert("RGB")))
         assert np.array_equal(ours[index][0].permute(1, 2, 0).numpy(), theirs)
+
+
+def test_the_trainer_is_measured_against_a_bare_loop():
+    results = list(run_suites(["trainer"], TINY, lambda line: None))
+    assert [(m.subject, m.items) for m in results] == [
+        ("trainer", TINY.batch_size),
+        ("bare loop", TINY.batch_size),
+    ]
+    assert all(m.timing.seconds > 0 and m.length == training.TOKENS for m in results)
+
+
+def test_the_suite_evaluation_compares_equal_work(monkeypatch):
+    for name, value in {"RESOLUTION": 64, "BATCH": 2, "DIM": 64}.items():
+        monkeypatch.setattr(evaluating, name, value)
+    setup = dataclasses.replace(TINY, repetitions=1)
+    results = list(run_suites(["evaluation"], setup, lambda line: None))
+    assert [(m.subject, m.items) for m in results] == list(zip(EVALUATION_SUBJECTS, (4, 4, 4, 0, 0), strict=True))
+    features = [call() for call in evaluating.extractions(evaluating._Images(2), TINY.device).values()]
+    assert torch.equal(features[0], features[2])
+    torch.testing.assert_close(features[1], features[0], rtol=1e-3, atol=1e-5)
+    ours, theirs = (call() for call in evaluating.distances(TINY.device).values())
+    assert ours == pytest.approx(theirs, abs=1e-6) and ours > 0.1
+
+
+def test_without_scipy_its_distance_is_skipped(monkeypatch):
+    monkeypatch.setattr(evaluating, "DIM", 8)
+    monkeypatch.setattr(evaluating, "extractions", lambda data, device: {evaluating.FEATURES: lambda: None})
+    monkeypatch.setitem(sys.modules, "scipy.linalg", None)
+    _, skip, measurement = run_suites(["evaluation"], TINY, lambda line: None)
+    assert isinstance(skip, Skip) and "pip install scipy" in skip.reason
+    assert measurement.subject == evaluating.DISTANCE

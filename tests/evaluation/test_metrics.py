@@ -6,7 +6,8 @@ import scipy.linalg
 import torch
 
 from diffussm.evaluation import frechet_distance
-from diffussm.evaluation.metrics import inception_score, precision_recall
+from diffussm.evaluation.metrics import inception_score
+from diffussm.evaluation.neighbours import precision_recall
 from diffussm.evaluation.statistics import FeatureStatistics
 
 
@@ -35,6 +36,23 @@ def test_frechet_distance_survives_singular_covariances():
     (mu1, sigma1), (mu2, sigma2) = gaussian(20, 0, rank=3), gaussian(20, 1, rank=2)
     assert np.isfinite(frechet_distance(mu1, sigma1, mu2, sigma2))
     assert frechet_distance(mu1, sigma1, mu1, sigma1) == pytest.approx(0, abs=1e-6)
+
+
+def test_rounding_in_directions_without_samples_makes_no_distance():
+    """Features that are never active, and fewer samples than dimensions: any order of adding gives the same."""
+    generator = torch.Generator().manual_seed(0)
+    reference, samples = (20 * torch.randn(60, 112, generator=generator).relu() + 30 for _ in range(2))
+    reference[:, 100:] = samples[:, 90:] = 0
+    found = []
+    for batch_size in (1, 7, 60):
+        moments = []
+        for features in (samples, reference):
+            statistics = FeatureStatistics(112)
+            for batch in features.split(batch_size):
+                statistics.update(batch)
+            moments += [statistics.mean, statistics.covariance]
+        found.append(frechet_distance(*moments))
+    assert max(found) - min(found) < 1e-6 and found[0] > 1000
 
 
 def test_frechet_distance_refuses_other_features():
