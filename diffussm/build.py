@@ -4,10 +4,12 @@ Every group is checked against the signature of what it builds, so that a wrong 
 with the key in it, whether it came from the command line, a file or Python.
 """
 
+import contextlib
 import inspect
 import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -85,9 +87,18 @@ class System:
     """The parts that training, sampling and evaluation share, built from a training configuration.
 
     They need the shape of the images (C, H, W), but not the data.
+
+    Args:
+        making: a context in which the model is made, such as one in which tensors have shapes only.
     """
 
-    def __init__(self, config: DictConfig, image_shape: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: DictConfig,
+        image_shape: Sequence[int],
+        device: torch.device,
+        making: AbstractContextManager = contextlib.nullcontext(),  # noqa: B008
+    ) -> None:
         self.config, self.image_shape, self.device = config, tuple(image_shape), device
         autoencoder: Autoencoder = construct(config.autoencoder, "autoencoder")
         self.autoencoder = autoencoder.to(device)
@@ -95,9 +106,11 @@ class System:
         channels, height, width = image_shape
         self.latent_shape = self.autoencoder.latent_shape((channels, height, width))
         check_latents(config.model, self.latent_shape)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), making:
             torch.manual_seed(derive_seed(config.seed, "model"))
-            self.model = construct(config.model, "model").to(device)
+            model = construct(config.model, "model")
+        # One of shapes alone cannot be moved, not even to where it is.
+        self.model = model if device.type == "cpu" else model.to(device)
         self.process = process
         self.objective: Objective = construct(config.objective, "objective", schedule=process)
         check_objective(self.model, self.objective)
@@ -290,7 +303,7 @@ def build_trainer(
         source.check_autoencoder(autoencoder.fingerprint)
         source.check_spread()
     settings = dict(config.trainer)
-    for launching in ("num_processes", "max_restarts", "timeout_seconds"):
+    for launching in ("num_processes", "max_restarts", "timeout_seconds", "dry_run"):
         del settings[launching]
     sample_every_images = settings.pop("sample_every_images")
     precision = Precision(settings.pop("precision"), system.device)

@@ -62,6 +62,7 @@ class TrainerConfig:
     timeout_seconds: float = free(1800.0)  # a process that others wait for longer is taken for lost
     keep_checkpoints: int = free(2)
     num_workers: int = free(0)  # processes that read images; 0 reads in the main process
+    dry_run: bool = free(False)  # say what the run would be, need nothing for it, and create nothing
 
 
 @dataclass
