@@ -11,13 +11,15 @@ from omegaconf import DictConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffussm.build import System, build_evaluation, build_source, construct
+from diffussm.commands import note
+from diffussm.commands.init_from import read_initial_weights
 from diffussm.commands.summary import describe_costs, describe_run
 from diffussm.data.autoencoder import Autoencoder, FrozenAutoencoder
 from diffussm.data.images import Source
 from diffussm.data.loader import is_latent_set
 from diffussm.models.complexity import Complexity, measure_call
 from diffussm.runtime.distributed import Processes
-from diffussm.runtime.errors import ConfigError, DataError
+from diffussm.runtime.errors import ConfigError, DataError, RunDirectoryError
 from diffussm.runtime.launch import Place
 from diffussm.runtime.run_dir import RunDirectory
 from diffussm.runtime.seeding import make_generator
@@ -58,7 +60,7 @@ def dry_run(config: DictConfig, directory: RunDirectory, world_size: int) -> int
             world_size=world_size,
         ),
         *describe_costs(config, cost, tokens, len(parts[0])),
-        *_describe_files(system, source),
+        *_describe_files(system, source, is_new=not found),
         "dry run      the configuration is sound; nothing was created",
     ]
     print("\n".join(lines))
@@ -87,7 +89,7 @@ def _image_shape(config: DictConfig) -> tuple[int, int, int]:
     )
 
 
-def _describe_files(system: System, source: Source | None) -> list[str]:
+def _describe_files(system: System, source: Source | None, is_new: bool) -> list[str]:
     """The other files that a run needs, and whether they are there."""
     lines, autoencoder = [], system.autoencoder
     if isinstance(autoencoder, FrozenAutoencoder):
@@ -96,6 +98,9 @@ def _describe_files(system: System, source: Source | None) -> list[str]:
         lines.append(f"autoencoder  {where}: {'there' if is_here else 'not on this machine yet'}")
         if is_here and source is not None and is_latent_set(source):
             source.check_autoencoder(autoencoder.fingerprint)
+    if is_new and system.config.init_from is not None:
+        with _telling(lines, "init_from"):
+            read_initial_weights(system.config, system.model, note)
     with _telling(lines, "evaluation"):
         build_evaluation(system.config, system.image_shape)
     return lines
@@ -105,7 +110,7 @@ def _describe_files(system: System, source: Source | None) -> list[str]:
 def _telling(lines: list[str], what: str) -> Iterator[None]:
     try:
         yield
-    except DataError as error:
+    except (DataError, RunDirectoryError) as error:
         lines.append(f"{what:<12} not there: {error}")
 
 

@@ -90,6 +90,10 @@ def _train(config: DictConfig, directory: RunDirectory) -> int:
         system = System(config, source.image_shape, device)
         trainer = build_trainer(system, source, directory, processes, lambda: stop, note)
         len(source)  # reads the data, or says why it cannot, before anything is created
+        if config.init_from is not None and processes.is_first and not trainer.checkpoints.paths():
+            from diffussm.commands.init_from import read_initial_weights
+
+            trainer.initial = read_initial_weights(config, trainer.model, note)
         return source, trainer
 
     with StopRequest() as stop:
