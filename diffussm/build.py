@@ -465,12 +465,17 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, weights: str, key: st
     return name
 
 
+def check_device_name(name: str) -> None:
+    """Refuse what is a device nowhere."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device={name}: choose auto, cpu, cuda or cuda:N")
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` is the GPU if there is one."""
+    check_device_name(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ConfigError(f"device={name}: choose auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

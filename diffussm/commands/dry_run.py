@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffussm.build import System, build_evaluation, build_source, construct
+from diffussm.build import System, build_evaluation, build_source, check_device_name, construct
 from diffussm.commands import note
 from diffussm.commands.init_from import read_initial_weights
 from diffussm.commands.summary import describe_costs, describe_run
@@ -32,6 +32,7 @@ CPU = torch.device("cpu")
 
 def dry_run(config: DictConfig, directory: RunDirectory, world_size: int) -> int:
     """Print what a run of so many processes would be, what it costs, and which of its files are missing."""
+    check_device_name(config.device)  # one that is not here may be where the run will be
     source, data = _find_data(config)
     image_shape = _image_shape(config) if source is None else source.image_shape
     shapes_only = FakeTensorMode(allow_non_fake_inputs=True)  # of the noise schedule's own numbers

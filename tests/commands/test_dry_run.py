@@ -66,6 +66,7 @@ def test_every_experiment_is_sound_and_leaves_no_trace(experiment, in_tmp, capsy
         (("model.in_channels=8",), 2, "model.in_channels=8: the data gives 4 channel(s)"),
         (("trainer.num_processes=7", "trainer.device_batch_size=1"), 2, "cannot be shared by 7 processes"),
         (("optimizer.lr=-1",), 2, "optimizer.lr=-1"),
+        (("device=gpu",), 2, "device=gpu: choose auto, cpu, cuda"),
         (("sampler.num_steps=2000",), 2, "sampler.num_steps=2000"),
         (("objective.loss=simple",), 2, "objective.loss=simple: leaves a learned variance untrained"),
         (("data.resolution=null",), 2, "data.resolution=null: the data is not there to tell"),
@@ -81,16 +82,18 @@ def test_what_would_not_run_is_refused(overrides, code, says, in_tmp, capsys):
 
 
 def test_the_size_of_missing_images_may_follow_from_the_model(in_tmp, capsys):
-    lines = told(capsys, "experiment=imagenet256_dit_s_2", "data.resolution=null")
-    assert "256 tokens" in lines["cost"]
+    lines = told(capsys, "experiment=imagenet256_dit_s_2", "data.resolution=null", "device=cuda:7")
+    assert "256 tokens" in lines["cost"] and lines["model"].endswith("bf16 on device=cuda:7")
 
 
 def test_fewer_bytes_in_less_precision(in_tmp, capsys):
     needed = {}
-    for name in ("fp32", "bf16"):
-        memory = told(capsys, "experiment=imagenet256_dit_s_2", f"trainer.precision={name}")["memory"]
-        needed[name] = float(re.search(r"activations of 256 images ([\d.]+) GiB", memory)[1])
+    for name in ("fp32", "bf16", "fp16"):
+        small = ("experiment=imagenet256_dit_s_2", "model.depth=2", f"trainer.precision={name}")
+        memory = told(capsys, *small)["memory"]
+        needed[name] = float(re.search(r"activations of 256 images ([\d.,]+) GiB", memory)[1])
     assert 0.5 < needed["bf16"] / needed["fp32"] < 0.75  # normalisation and residual stream stay fp32
+    assert needed["fp16"] == needed["bf16"]
 
 
 def test_a_run_that_is_there_is_looked_at_and_left_alone(in_tmp, capsys):
