@@ -237,7 +237,7 @@ class BenchConfig:
 
 SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "class_agreement")
 METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
-BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data")
+BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data", "trainer")
 ROOTS = {
     "train": TrainConfig,
     "encode": EncodeConfig,
