@@ -4,10 +4,12 @@ Every group is checked against the signature of what it builds, so that a wrong 
 with the key in it, whether it came from the command line, a file or Python.
 """
 
+import contextlib
 import inspect
 import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -93,9 +95,18 @@ class System:
     """The parts that training, sampling and evaluation share, built from a training configuration.
 
     They need the shape of the images (C, H, W), but not the data.
+
+    Args:
+        making: a context in which the model is made, such as one in which tensors have shapes only.
     """
 
-    def __init__(self, config: DictConfig, image_shape: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: DictConfig,
+        image_shape: Sequence[int],
+        device: torch.device,
+        making: AbstractContextManager = contextlib.nullcontext(),  # noqa: B008
+    ) -> None:
         self.config, self.image_shape, self.device = config, tuple(image_shape), device
         autoencoder: Autoencoder = construct(config.autoencoder, "autoencoder")
         self.autoencoder = autoencoder.to(device)
@@ -108,9 +119,11 @@ class System:
             # Of latents that are ready the shape is given, and if nothing fits the autoencoder is to blame.
             check_encoder(config.data, self.autoencoder)
             raise
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), making:
             torch.manual_seed(derive_seed(config.seed, "model"))
-            self.model = construct(config.model, "model").to(device)
+            model = construct(config.model, "model")
+        # One of shapes alone cannot be moved, not even to where it is.
+        self.model = model if device.type == "cpu" else model.to(device)
         self.process = process
         self.objective: Objective = construct(config.objective, "objective", schedule=process)
         check_objective(self.model, self.objective)
@@ -319,7 +332,7 @@ def build_trainer(
             )
         source.check_spread()
     settings = dict(config.trainer)
-    for launching in ("num_processes", "max_restarts", "timeout_seconds"):
+    for launching in ("num_processes", "max_restarts", "timeout_seconds", "dry_run"):
         del settings[launching]
     sample_every_images = settings.pop("sample_every_images")
     precision = Precision(settings.pop("precision"), system.device)
@@ -496,12 +509,17 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, weights: str, key: st
     return name
 
 
+def check_device_name(name: str) -> None:
+    """Refuse what is a device nowhere."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device={name}: choose auto, cpu, cuda or cuda:N")
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` is the GPU if there is one."""
+    check_device_name(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ConfigError(f"device={name}: choose auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

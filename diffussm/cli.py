@@ -47,6 +47,9 @@ DESCRIPTIONS = {
           trainer.precision=bf16        bf16, fp16 or fp32
           trainer.device_batch_size=    split a step into several passes, to fit the memory
           evaluation=NAME               what `diffussm evaluate` will measure; none for nothing
+          init_from=PATH                fine-tune: begin with the weights (init_weights=ema) of a run, a checkpoint
+                                        or a file as `import` takes; what depends on the classes is made anew
+          trainer.dry_run=true          check all this, say what it costs and which files are missing, and stop
 
         The run directory is a function of the configuration, so the same command again continues where the
         newest valid checkpoint left off, bit for bit. Exit codes: 0 done, 2 configuration, 65 data,

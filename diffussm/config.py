@@ -62,6 +62,7 @@ class TrainerConfig:
     timeout_seconds: float = free(1800.0)  # a process that others wait for longer is taken for lost
     keep_checkpoints: int = free(2)
     num_workers: int = free(0)  # processes that read images; 0 reads in the main process
+    dry_run: bool = free(False)  # say what the run would be, need nothing for it, and create nothing
 
 
 @dataclass
@@ -81,6 +82,10 @@ class TrainConfig:
     name: str = fixed()
     seed: int = fixed(0)
     run_dir: str = free("runs/${name}")
+    init_from: str | None = fixed(
+        None
+    )  # a run, checkpoint or file whose weights are fine-tuned; read once, at first
+    init_weights: str = fixed("ema")  # of a run or checkpoint: ema (its first average), ema_<decay> or model
     device: str = free("auto")  # auto, cpu, cuda, cuda:1, ...
     allow_config_change: bool = free(False)  # resume although a fixed key has changed
     model: Any = fixed()
@@ -290,6 +295,10 @@ def validate(config: DictConfig) -> None:
             _require(config, key, config[key] >= least, f"must be at least {least}")
     if "sampling" in config:
         _validate_sampling(config)
+    if "init_from" in config:
+        _require_weights(config, "init_weights")
+        unused = config.init_from is None and config.init_weights != "ema"
+        _require(config, "init_weights", not unused, "of what? set init_from too")
     if "suites" in config:
         _validate_bench(config)
     if "resolutions" in config:
@@ -316,8 +325,7 @@ def _validate_sampling(config: DictConfig) -> None:
     _require(config, "sampling.batch_size", sampling.batch_size >= 1, "must be at least 1")
     _require(config, "sampling.seed", sampling.seed >= 0, "must be at least 0")
     _require_choice(config, "sampling.precision", ("fp32", "bf16", "fp16"))
-    is_weights = sampling.weights in ("ema", "model") or sampling.weights.startswith("ema_")
-    _require(config, "sampling.weights", is_weights, "choose ema, ema_<decay> or model")
+    _require_weights(config, "sampling.weights")
 
 
 def _validate_metrics(config: DictConfig) -> None:
@@ -424,6 +432,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """ " (did you mean ...?)", or nothing if no known name is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _require_weights(config: DictConfig, key: str) -> None:
+    name = OmegaConf.select(config, key)
+    is_weights = name in ("ema", "model") or name.startswith("ema_")
+    _require(config, key, is_weights, "choose ema, ema_<decay> or model")
 
 
 def _require(config: DictConfig, key: str, holds: object, remedy: str) -> None:

@@ -1,23 +1,18 @@
 """`diffussm import`: a run directory from DiT's public weights, for every verb that takes a checkpoint."""
 
 import argparse
-import hashlib
-import json
-import pickle
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from diffussm.build import check_latents, construct
 from diffussm.commands import note, print_config
+from diffussm.commands.weight_files import find_file, read_tensors, sha256_of
 from diffussm.compose import compose, override_value
 from diffussm.config import TrainConfig
 from diffussm.models.layouts import check_weights, detect_layout, from_diffusers, infer_dit_arguments
@@ -27,8 +22,6 @@ from diffussm.training.checkpoint import CheckpointStore
 from diffussm.training.ema import average_name
 from diffussm.training.trainer import TrainState
 
-DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-ACTIVATION = "gelu-approximate"
 # What the public DiTs draw with; other autoencoders of as many channels are to be named.
 AUTOENCODERS = {4: "sd_vae_ft_ema"}
 
@@ -38,12 +31,14 @@ def run(options: argparse.Namespace) -> int:
     path, overrides = _split(options.overrides)
     name = path.absolute().stem.replace("'", "\\'")
     overrides = [f"name='{name}'", *overrides]
+    if override_value(overrides, "init_from") is not None:
+        raise ConfigError("init_from: the run begins with the imported weights: leave it out")
     if override_value(overrides, "model") is None:
         overrides = ["model=dit_xl_2", *overrides]  # whatever an experiment names; the weights tell the rest
     compose("import", overrides, options.config_dir)  # a mistyped key ends here, before gigabytes are read
-    file, told = _find_file(path)
+    file, told = find_file(path)
     try:
-        layout, state, arguments = _interpret(_read(file), told, overrides)
+        layout, state, arguments = _interpret(read_tensors(file), told, overrides)
         known = [f"model.{key}={'null' if value is None else value}" for key, value in arguments.items()]
         usual = _usual_autoencoder(arguments["in_channels"], overrides)
         known += usual
@@ -65,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     image_shape = list(config.image_shape or autoencoder.image_shape(latent_shape))
     check_latents(config.model, autoencoder.latent_shape(tuple(image_shape)))
     trained = OmegaConf.masked_copy(config, [item.name for item in fields(TrainConfig)])
-    imported = {"file": file.name, "sha256": _sha256(file), "layout": layout}
+    imported = {"file": file.name, "sha256": sha256_of(file), "layout": layout}
     directory = RunDirectory(Path(config.run_dir))
     if not _publish(directory, trained, state, TrainState(data={"image_shape": image_shape}, imported=imported)):
         print(f"{directory.path}: these weights are there already")
@@ -96,55 +91,6 @@ def _split(arguments: Sequence[str]) -> tuple[Path, list[str]]:
         given = f"{len(files)} files given" if files else "no FILE given"
         raise ConfigError(f"{given}: write diffussm import FILE key=value ...")
     return Path(files[0]), [argument for argument in arguments if argument != files[0]]
-
-
-def _find_file(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The file of weights, and what the config.json of diffusers beside it tells about the model."""
-    if path.is_file():
-        return path, {}
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
-    for folder in (path, path / "transformer"):
-        for name in DIFFUSERS_FILES:
-            if (folder / name).is_file() and (folder / "config.json").is_file():
-                return folder / name, _read_config(folder / "config.json")
-    raise DataError(f"{path}: no config.json with {DIFFUSERS_FILES[0]} there or in transformer/")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-        told = {"num_heads": int(config["num_attention_heads"]), "input_size": int(config["sample_size"])}
-        activation = config.get("activation_fn", ACTIVATION)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: no configuration of DiTTransformer2DModel ({error!r})") from error
-    if activation != ACTIVATION:
-        raise DataError(f"{path}: activation_fn={activation}: DiT has {ACTIVATION}")
-    return told
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, of which nothing is executed."""
-    try:
-        if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
-        if file.suffix not in (".pt", ".pth", ".bin"):
-            raise ConfigError(f"{file}: must be .pt, .pth, .safetensors, or a directory that diffusers wrote")
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, ConfigError):
-        raise
-    except safetensors.SafetensorError as error:
-        raise DataError(f"{file}: damaged: {error}") from error
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"holds {foreign[1]}, and reading that could run code" if foreign else "no file of tensors"
-        raise DataError(f"{file}: {why}: save its state dict alone, best as safetensors") from error
-    except Exception as error:  # whatever a damaged archive may raise
-        raise DataError(f"{file}: damaged, or no file of tensors: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        held = f" (it holds {', '.join(map(str, list(content)[:4]))})" if isinstance(content, dict) else ""
-        raise DataError(f"{file}: no state dict, which maps names to tensors{held}: save that alone")
-    return content
 
 
 def _interpret(
@@ -184,11 +130,3 @@ def _publish(
     write_atomically(directory.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
     directory.write_status("imported", images=0, step=0, exit_code=0)
     return True
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -28,6 +28,8 @@ def run(options: argparse.Namespace) -> int:
     if options.print_config:
         return print_config(config)
     directory = RunDirectory(Path(config.run_dir))
+    if config.trainer.dry_run:
+        return _dry_run(directory, config)
     if processes := _num_to_launch(config):
         _check(directory, config)
         command = [sys.executable, "-m", "diffussm", "train", *sys.argv[2:]]
@@ -49,6 +51,19 @@ def _num_to_launch(config: DictConfig) -> int:
             f"trainer.num_processes={wanted}: the launcher has started {place.world_size}: leave it at null"
         )
     return 0
+
+
+def _dry_run(directory: RunDirectory, config: DictConfig) -> int:
+    """Say what would become of all this; under a launcher, once."""
+    world_size = _num_to_launch(config) or find_place().world_size
+    if find_place().rank:
+        return 0
+    config.trainer.dry_run = False  # as in the run that this is about
+    if _check(directory, config):
+        return 0
+    from diffussm.commands.dry_run import dry_run
+
+    return dry_run(config, directory, world_size)
 
 
 def _check(directory: RunDirectory, config: DictConfig) -> bool:
@@ -75,6 +90,10 @@ def _train(config: DictConfig, directory: RunDirectory) -> int:
         system = System(config, source.image_shape, device)
         trainer = build_trainer(system, source, directory, processes, lambda: stop, note)
         len(source)  # reads the data, or says why it cannot, before anything is created
+        if config.init_from is not None and processes.is_first and not trainer.checkpoints.paths():
+            from diffussm.commands.init_from import read_initial_weights
+
+            trainer.initial = read_initial_weights(config, trainer.model, note)
         return source, trainer
 
     with StopRequest() as stop:
@@ -167,21 +186,17 @@ def _check_drift(directory: RunDirectory, config: DictConfig) -> None:
 
 
 def _summarize(config: DictConfig, source: "Source", trainer: "Trainer", directory: RunDirectory) -> None:
-    from diffussm.training.optim import describe_groups
+    from diffussm.commands.summary import describe_run
 
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    batch, total, world_size = trainer.batch_size, trainer.total_images, trainer.processes.world_size
     found = trainer.checkpoints.paths()
-    model = config.model._target_.rpartition(".")[2]
-    lines = [
-        f"run          {directory.path}" + (f" (continues from {found[-1].name})" if found else " (new)"),
-        f"model        {model}, {parameters:,} parameters, {config.trainer.precision} on "
-        + (f"{world_size} processes, the first on " if world_size > 1 else "")
-        + str(trainer.device),
-        f"data         {len(source):,} images {source.image_shape}, {source.num_classes or 'no'} classes",
-        f"batch        {batch} images = {world_size} process(es) x {len(trainer.parts)} pass(es) x "
-        f"{len(trainer.parts[0])}",
-        f"length       {total:,} images = {-(-total // batch):,} steps",
-        *(f"optimizer    {line}" for line in describe_groups(trainer.optimizer)),
-    ]
+    lines = describe_run(
+        config,
+        run=f"{directory.path}" + (f" (continues from {found[-1].name})" if found else " (new)"),
+        device=str(trainer.device),
+        data=f"{len(source):,} images {source.image_shape}, {source.num_classes or 'no'} classes",
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        parts=trainer.parts,
+        world_size=trainer.processes.world_size,
+    )
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from diffussm.runtime.errors import DataError
+from diffussm.runtime.errors import ConfigError, DataError
 from diffussm.runtime.seeding import make_generator
 
 FORMAT_VERSION = 1
@@ -53,13 +53,26 @@ class LatentSet:
         path: the directory.
         horizontal_flip: use the mirror images too; None: if the set holds any.
         verify: check the SHA-256 of every shard; otherwise only their sizes are looked at.
+        resolution: side of the square images that were encoded, in pixels; None: whatever they were.
     """
 
     max_bad_fraction = 0.0
 
-    def __init__(self, path: str | Path, horizontal_flip: bool | None = None, verify: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        horizontal_flip: bool | None = None,
+        verify: bool = False,
+        resolution: int | None = None,
+    ) -> None:
         self.path = Path(path).expanduser()
         self.manifest, self._manifest_sha256 = _read_manifest(self.path)
+        _, height, width = self.image_shape
+        if resolution is not None and (height, width) != (resolution, resolution):
+            raise ConfigError(
+                f"data.resolution={resolution}: the latents in {path} are of images of {height}x{width}: name a "
+                "set that was encoded from this size, or set it to null"
+            )
         self.images_per_row = 2 if _has_flips(self.manifest) else 1
         if horizontal_flip and self.images_per_row == 1:
             raise ValueError(

@@ -22,6 +22,7 @@ NO_ARCHITECTURE = ("scaling_factor", "shift_factor", "force_upcast", "sample_siz
 FILES = f"{CONFIG_FILE} and {WEIGHTS_FILE}"
 HUB_TIMEOUT_SECONDS = 5
 USUAL_SUBFOLDER = "vae"  # of pipelines: presets name it, and a copy of what is in it need not have it
+_REPOSITORY = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
 class Pretrained:
@@ -66,6 +67,16 @@ class Pretrained:
                 f"{PICKLE_FILE!r}, weights_only=True), {WEIGHTS_FILE!r})"
             )
         raise DataError(f"{self._said}: no {WEIGHTS_FILE} in {folder}: put it there")
+
+    @property
+    def is_here(self) -> bool:
+        """Whether both files are on this machine; nothing is fetched."""
+        if self.where.is_dir():
+            try:
+                return bool(self.weights)
+            except DataError:
+                return False
+        return all(self._in_cache(name, self.revision) for name in (CONFIG_FILE, WEIGHTS_FILE))
 
     @property
     def sha256(self) -> str:
@@ -129,32 +140,41 @@ class Pretrained:
     def _fetch(self, name: str, revision: str | None) -> Path:
         """A file of the repository, from the hub's cache on this machine or from the hub."""
         place = f"put {FILES} into a directory and set {self.key}=DIRECTORY"
-        if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", str(self.where)):
+        if not _REPOSITORY.fullmatch(str(self.where)):
             raise DataError(f"{self._said}: no such directory: {place}")
+        if cached := self._in_cache(name, revision):
+            return cached
         import huggingface_hub  # comes with diffusers
         from huggingface_hub.utils import disable_progress_bars
 
-        def look(**options: Any) -> Path:
-            found = huggingface_hub.hf_hub_download(
-                str(self.where), name, subfolder=self.subfolder, revision=revision, **options
-            )
-            return Path(found)
-
-        try:
-            return look(local_files_only=True)
-        except OSError:
-            pass  # not cached
         if huggingface_hub.constants.HF_HUB_OFFLINE or not _answers(huggingface_hub.constants.ENDPOINT):
             raise DataError(f"{self._said}: not found here and the hub cannot be reached: {place}")
         disable_progress_bars()
         note(f"fetching {name} of {self.where} from the hub")
         try:
-            return look(etag_timeout=HUB_TIMEOUT_SECONDS)
+            return self._look(name, revision, etag_timeout=HUB_TIMEOUT_SECONDS)
         except (OSError, ValueError) as error:
             why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DataError(
                 f"{self._said}: not found here, and the hub gives no {name} ({why}): {place}"
             ) from error
+
+    def _in_cache(self, name: str, revision: str | None) -> Path | None:
+        """A file of the repository in the hub's cache, if it is a repository and the file is there."""
+        if not _REPOSITORY.fullmatch(str(self.where)):
+            return None
+        try:
+            return self._look(name, revision, local_files_only=True)
+        except OSError:
+            return None
+
+    def _look(self, name: str, revision: str | None, **options: Any) -> Path:
+        import huggingface_hub  # comes with diffusers
+
+        found = huggingface_hub.hf_hub_download(
+            str(self.where), name, subfolder=self.subfolder, revision=revision, **options
+        )
+        return Path(found)
 
 
 def _answers(url: str) -> bool:

@@ -8,6 +8,7 @@ As the last layer is linear, the mean of the votes is the vote of the mean token
 """
 
 from functools import partial
+from typing import ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class NoisyClassifier(nn.Module):
         d_state, init, discretization, dt_min, dt_max, learn_B: the state-space layers, see `S4D`.
         activation_checkpointing: in training, keep only each block's input and compute the block twice.
     """
+
+    made_for_data: ClassVar[tuple[str, ...]] = ("final_layer.linear.",)
 
     def __init__(
         self,

@@ -56,17 +56,25 @@ def measure_module(module: nn.Module, *inputs: Tensor) -> Complexity:
 
     The module itself is neither run nor changed: its copy holds no memory.
     """
-    saved = _SavedBytes()
-    mode, ssm = FakeTensorMode(), _SSMCounter()
+    mode = FakeTensorMode()
     fake = _fake_copy(module, mode).train()
-    for parameter in fake.parameters():
-        saved.ignore(parameter)
     with mode:
-        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch 2.8 does not count
-        counter = FlopCounterMode(display=False, custom_mapping={**ssm.mapping, attention: _attention_flops})
         fake_inputs = [torch.zeros(given.shape, dtype=given.dtype) for given in inputs]
-        with counter, torch.autograd.graph.saved_tensors_hooks(saved.add, lambda kept: kept):
-            fake(*fake_inputs)
+        return measure_call(fake, lambda: fake(*fake_inputs))
+
+
+def measure_call(module: nn.Module, call: Callable[[], object]) -> Complexity:
+    """The complexity of `call`, which runs a module of fake tensors in their mode.
+
+    Under autocast, what is kept for the backward pass is counted in its precision, with the weights that it casts.
+    """
+    saved, ssm = _SavedBytes(), _SSMCounter()
+    for parameter in module.parameters():
+        saved.ignore(parameter)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch 2.8 does not count
+    counter = FlopCounterMode(display=False, custom_mapping={**ssm.mapping, attention: _attention_flops})
+    with counter, torch.autograd.graph.saved_tensors_hooks(saved.add, lambda kept: kept):
+        call()
     return Complexity(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         macs=counter.get_total_flops() // 2,

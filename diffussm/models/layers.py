@@ -8,7 +8,7 @@
 """
 
 import math
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from einops import rearrange
@@ -171,7 +171,12 @@ class LabelEmbedder(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """What the networks have in common: they are called as (x_t, t, y, drop_uniform) and embed t and y alike."""
+    """What the networks have in common: they are called as (x_t, t, y, drop_uniform) and embed t and y alike.
+
+    `made_for_data`: how the names of tensors begin that another data set, or size of its images, has made anew.
+    """
+
+    made_for_data: ClassVar[tuple[str, ...]] = ("y_embedder.", "pos_embed")
 
     def __init__(self, in_channels: int, num_classes: int | None, learn_sigma: bool) -> None:
         super().__init__()

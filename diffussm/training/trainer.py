@@ -27,6 +27,7 @@ from diffussm.runtime.errors import (
 from diffussm.runtime.seeding import draw_normal, make_generator
 from diffussm.training.checkpoint import Checkpoint, CheckpointStore
 from diffussm.training.ema import ModelAverages
+from diffussm.training.initial import InitialWeights
 from diffussm.training.logging import MetricsLog, Progress
 from diffussm.training.optim import learning_rate_factor
 from diffussm.training.parallel import local_gradients, wrap_model
@@ -109,7 +110,7 @@ class TrainState:
     loss_scale: Mapping[str, Any] = field(default_factory=dict)
     window: Mapping[str, Any] | None = None
     pending: Sequence[str] = ()  # what was due with this step and is still to be done
-    imported: Mapping[str, Any] | None = None  # the file that it began with, if its weights were imported
+    imported: Mapping[str, Any] | None = None  # the file that it began with, if its weights are not its own
 
 
 class Trainer:
@@ -164,6 +165,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.window = MetricsWindow(objective.num_timesteps, self.device)
         self.imported: Mapping[str, Any] | None = None
+        self.initial: InitialWeights | None = None  # to begin with; the first process's count, for all
         self.network = model  # what forward passes go through
         self.step = 0
         self.skipped_steps = self.skipped_in_a_row = self.failed_saves = 0
@@ -410,7 +412,7 @@ class Trainer:
             raise failure
 
     def restore(self) -> None:
-        """Continue from the newest valid checkpoint; without any, start at step 0.
+        """Continue from the newest valid checkpoint; without any, start at step 0, from `initial` if it is set.
 
         The first process reads it, for all.
         """
@@ -434,10 +436,22 @@ class Trainer:
 
         document = self.processes.on_first(find)
         if document is None:
+            self._begin()
             return
         self._load(lambda name: self._read(checkpoint, name), TrainState(**document))
         if self.processes.is_first:
             self.log.rewind(self.images)
+
+    def _begin(self) -> None:
+        """Take the weights that there are to begin with, into the averages too; all else starts fresh."""
+        initial, self.initial = self.initial, None
+        self.imported = self.processes.broadcast_object(initial.provenance if initial else None)
+        if self.imported is None:
+            return
+        tensors = self.processes.broadcast_tensors(initial.tensors if initial else None)
+        state = {**self.model.state_dict(), **tensors}
+        self.model.load_state_dict(state)
+        self.averages.load(dict.fromkeys(self.averages.state(), state), 0)
 
     def _read(self, checkpoint: Checkpoint | None, name: str) -> dict[str, Tensor]:
         """The tensors of a checkpoint that the first process has; none if it holds no such file."""
