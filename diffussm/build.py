@@ -116,7 +116,7 @@ class System:
             raise ConfigError("sampler=none: draws nothing: choose a sampler, such as sampler=ddim")
         sampler = bound(config.sampler, "sampler")
         self._try_out(sampler)
-        precision = Precision(sampling.precision, self.device)
+        precision = Precision(sampling.precision, self.device, sampling.tf32)
         guided, num_classes = self._guided(model, config)
 
         def predict(x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
@@ -125,7 +125,7 @@ class System:
 
         @torch.no_grad()
         def sample(x_T: Tensor, y: Tensor | None, noise: Noise) -> Tensor:
-            with precision.autocast():
+            with precision.products(), precision.autocast():
                 return sampler(predict, self.process, x_T, y, noise)
 
         return Generator(
@@ -146,7 +146,8 @@ class System:
         self._refuse_classifier()
         if not isinstance(self.process, Schedule):
             raise ConfigError(f"metrics=[{', '.join(names)}]: rectified flow has no such measure: leave it out")
-        schedule, precision = self.process, Precision(config.sampling.precision, self.device)
+        sampling, schedule = config.sampling, self.process
+        precision = Precision(sampling.precision, self.device, sampling.tf32)
         if "vlb" in names:
             if not isinstance(self.autoencoder, IdentityAutoencoder):
                 raise ConfigError("metrics=[vlb]: bits per dimension are of pixels, and this model sees latents")
@@ -154,7 +155,7 @@ class System:
             fixed_variance = self.config.objective.fixed_variance
 
             def vlb(x_0: Tensor, y: Tensor | None, noise: Noise) -> Mapping[str, Tensor]:
-                with precision.autocast():
+                with precision.products(), precision.autocast():
                     return variational_bound(predict, schedule, x_0, y, noise, fixed_variance, clip_x_0=True)
 
             measures["vlb"] = vlb
@@ -167,7 +168,7 @@ class System:
             steps = {"num_steps": config.sampler.num_steps, "spacing": config.sampler.spacing}
 
             def inversion(x_0: Tensor, y: Tensor | None, noise: Noise) -> Mapping[str, Tensor]:
-                with precision.autocast():
+                with precision.products(), precision.autocast():
                     x_T = ddim_inversion(guided, schedule, x_0, y, **steps)
                     back = ddim(guided, schedule, x_T, y, noise, **steps)
                 return {"inversion_rmse": (back - x_0).square().flatten(1).mean(dim=1).sqrt()}
@@ -293,7 +294,7 @@ def build_trainer(
     for launching in ("num_processes", "max_restarts", "timeout_seconds"):
         del settings[launching]
     sample_every_images = settings.pop("sample_every_images")
-    precision = Precision(settings.pop("precision"), system.device)
+    precision = Precision(settings.pop("precision"), system.device, settings.pop("tf32"))
     store = CheckpointStore(run.checkpoints, settings.pop("keep_checkpoints"), warn)
     batches: Batches = BatchLoader(
         source,

@@ -60,6 +60,8 @@ class TrainerConfig:
     )  # one per GPU, started here; null: this one, or those of torchrun or srun
     max_restarts: int = free(3)  # of num_processes on end, when one is lost
     timeout_seconds: float = free(1800.0)  # a process that others wait for longer is taken for lost
+    tf32: bool = fixed(True)  # round factors of what is fp32 to 10 bits on a GPU, as bf16 rounds them to 7
+    compile: bool = free(False)  # torch.compile of the model's blocks; rounds differently, no more coarsely
     keep_checkpoints: int = free(2)
     num_workers: int = free(0)  # processes that read images; 0 reads in the main process
 
@@ -78,6 +80,7 @@ class SamplingConfig:
 class TrainConfig:
     """`diffussm train`."""
 
+    tf32: bool = free(False)  # as trainer.tf32
     name: str = fixed()
     seed: int = fixed(0)
     run_dir: str = free("runs/${name}")

@@ -26,6 +26,7 @@ from diffussm.runtime.errors import (
 )
 from diffussm.runtime.seeding import draw_normal, make_generator
 from diffussm.training.checkpoint import Checkpoint, CheckpointStore
+from diffussm.training.compilation import compile_blocks, naming_compile_failures
 from diffussm.training.ema import ModelAverages
 from diffussm.training.logging import MetricsLog, Progress
 from diffussm.training.optim import learning_rate_factor
@@ -120,6 +121,7 @@ class Trainer:
         batch_size: images per optimiser step, over all processes.
         device_batch_size: most images in one forward pass; a step accumulates over as many as it takes.
         processes: those of the job, which have met when `run` is called.
+        compile: whether the model's blocks are compiled.
         max_grad_norm: gradients are scaled down to this norm; None leaves them as they are.
         config: the resolved configuration, stored in every checkpoint.
         stop: becomes true when the process has been asked to stop.
@@ -147,6 +149,7 @@ class Trainer:
         device_batch_size: int | None = None,
         max_grad_norm: float | None = None,
         ema_decays: Sequence[float] = (0.9999,),
+        compile: bool = False,
         periodic: Sequence[Periodic] = (),
         processes: Processes | None = None,
         stop: Callable[[], object] = lambda: False,
@@ -165,6 +168,8 @@ class Trainer:
         self.window = MetricsWindow(objective.num_timesteps, self.device)
         self.imported: Mapping[str, Any] | None = None
         self.network = model  # what forward passes go through
+        if compile:
+            compile_blocks(model)  # after the averages were copied from it
         self.step = 0
         self.skipped_steps = self.skipped_in_a_row = self.failed_saves = 0
         self.is_stopping = False  # whether any process has been asked to
@@ -183,7 +188,7 @@ class Trainer:
         progress = Progress(self.total_images, self.images, "img", is_shown=self.processes.is_first)
         try:
             self.catch_up()
-            with contextlib.closing(self.batches.starting_at(self.step)) as batches:
+            with contextlib.closing(self.batches.starting_at(self.step)) as batches, naming_compile_failures():
                 first_step = self.step
                 while self.images < self.total_images:
                     batch = next(batches)
@@ -244,7 +249,8 @@ class Trainer:
             noise = self._place(draw_normal(self.seed, "noise", self.step, part, shape))
             drawn = draws[part.start : part.stop].to(self.device)
             is_last = part is self.parts[-1]
-            with contextlib.nullcontext() if is_last else local_gradients(self.network):
+            reduction = contextlib.nullcontext() if is_last else local_gradients(self.network)
+            with reduction, self.precision.products():
                 with self.precision.autocast():
                     terms = self.objective(self.network, x_0, y, drawn, noise)
                 loss = terms["loss"].sum() * factor
