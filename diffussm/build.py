@@ -40,6 +40,7 @@ from diffussm.runtime.distributed import Processes, Undertaking
 from diffussm.runtime.errors import ConfigError, RunDirectoryError, UserError, note
 from diffussm.runtime.run_dir import RunDirectory
 from diffussm.runtime.seeding import derive_seed
+from diffussm.training import posthoc
 from diffussm.training.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from diffussm.training.logging import MetricsLog
 from diffussm.training.precision import Precision
@@ -316,7 +317,8 @@ def build_trainer(
 
     if not isinstance(system.autoencoder, IdentityAutoencoder):
         batches = EncodedBatches(batches, system.autoencoder.fingerprint)  # missing weights end it here
-    settings["ema_decays"] = list(settings["ema_decays"])
+    for averages in ("ema_decays", "ema_power"):
+        settings[averages] = list(settings[averages])
     return Trainer(
         model=system.model,
         objective=system.objective,
@@ -324,6 +326,7 @@ def build_trainer(
         to_latents=to_latents,
         optimizer=construct(config.optimizer, "optimizer", named_parameters=system.model.named_parameters()),
         checkpoints=store,
+        snapshots=CheckpointStore(run.path / posthoc.DIRECTORY, None, warn),
         log=MetricsLog(run.path / "metrics.jsonl"),
         precision=precision,
         config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
@@ -436,7 +439,10 @@ def _check_extractor(extractor: FeatureExtractor, image_shape: Sequence[int], ch
 
 
 def choose_weights(checkpoint: Checkpoint, weights: str, key: str) -> str:
-    """The full name of `weights` (ema, ema_<decay> or model) of a checkpoint; ConfigError names `key`."""
+    """The full name of `weights` (ema stands for the first average) of a checkpoint; ConfigError names `key`."""
+    if weights.startswith(posthoc.PREFIX):
+        posthoc.plan(checkpoint, weights, note, key)
+        return weights
     name = checkpoint.ema_names[0] if weights == "ema" else weights
     known = [*checkpoint.ema_names, "model"]
     if name not in known:
@@ -444,11 +450,18 @@ def choose_weights(checkpoint: Checkpoint, weights: str, key: str) -> str:
     return name
 
 
+def read_weights(checkpoint: Checkpoint, name: str, key: str) -> dict[str, Tensor]:
+    """The tensors of the weights with a full name; ConfigError names `key`."""
+    if name.startswith(posthoc.PREFIX):
+        return posthoc.reconstruct(checkpoint, name, note, key)
+    return checkpoint.tensors(name)
+
+
 def load_weights(checkpoint: Checkpoint, model: nn.Module, weights: str, key: str = "sampling.weights") -> str:
-    """Load `weights` (ema, ema_<decay> or model) of a checkpoint into a model; returns their full name."""
+    """Load `weights`, as `choose_weights` knows them, into a model; returns their full name."""
     name = choose_weights(checkpoint, weights, key)
     checkpoint.check_model(model.state_dict())
-    model.load_state_dict(checkpoint.tensors(name))
+    model.load_state_dict(read_weights(checkpoint, name, key))
     model.requires_grad_(False).eval()
     return name
 

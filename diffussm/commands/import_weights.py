@@ -24,7 +24,7 @@ from diffussm.models.layouts import check_weights, detect_layout, from_diffusers
 from diffussm.runtime.errors import ConfigError, DataError, RunDirectoryError
 from diffussm.runtime.run_dir import RunDirectory, write_atomically
 from diffussm.training.checkpoint import CheckpointStore
-from diffussm.training.ema import average_name
+from diffussm.training.ema import average_names
 from diffussm.training.trainer import TrainState
 
 DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -178,7 +178,8 @@ def _publish(
         if not same_weights or there.document("config") != resolved:
             raise RunDirectoryError(f"run_dir={directory.path}: holds another run: choose another name")
         return False
-    tensors = {"model": state, **{average_name(decay): state for decay in config.trainer.ema_decays}}
+    averages = average_names(config.trainer.ema_decays, config.trainer.ema_power)
+    tensors = {"model": state, **dict.fromkeys(averages, state)}
     documents = {"train_state": asdict(train_state), "config": resolved}
     store.save(0, {**tensors, "optimizer": {}}, documents)
     write_atomically(directory.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())
