@@ -42,6 +42,7 @@ from diffussm.runtime.distributed import Interrupted, Processes, Undertaking
 from diffussm.runtime.errors import ConfigError, DataError, RunDirectoryError, UserError, note
 from diffussm.runtime.run_dir import RunDirectory
 from diffussm.runtime.seeding import derive_seed
+from diffussm.training import posthoc
 from diffussm.training.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from diffussm.training.logging import MetricsLog
 from diffussm.training.precision import Precision
@@ -142,7 +143,7 @@ class System:
             raise ConfigError("sampler=none: draws nothing: choose a sampler, such as sampler=ddim")
         sampler = bound(config.sampler, "sampler")
         self._try_out(sampler)
-        precision = Precision(sampling.precision, self.device)
+        precision = Precision(sampling.precision, self.device, sampling.tf32)
         guided, num_classes = self._guided(model, config)
 
         def predict(x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
@@ -151,7 +152,7 @@ class System:
 
         @torch.no_grad()
         def sample(x_T: Tensor, y: Tensor | None, noise: Noise) -> Tensor:
-            with precision.autocast():
+            with precision.products(), precision.autocast():
                 return sampler(predict, self.process, x_T, y, noise)
 
         return Generator(
@@ -172,7 +173,8 @@ class System:
         self._refuse_classifier()
         if not isinstance(self.process, Schedule):
             raise ConfigError(f"metrics=[{', '.join(names)}]: rectified flow has no such measure: leave it out")
-        schedule, precision = self.process, Precision(config.sampling.precision, self.device)
+        sampling, schedule = config.sampling, self.process
+        precision = Precision(sampling.precision, self.device, sampling.tf32)
         if "vlb" in names:
             if not isinstance(self.autoencoder, IdentityAutoencoder):
                 raise ConfigError("metrics=[vlb]: bits per dimension are of pixels, and this model sees latents")
@@ -180,7 +182,7 @@ class System:
             fixed_variance = self.config.objective.fixed_variance
 
             def vlb(x_0: Tensor, y: Tensor | None, noise: Noise) -> Mapping[str, Tensor]:
-                with precision.autocast():
+                with precision.products(), precision.autocast():
                     return variational_bound(predict, schedule, x_0, y, noise, fixed_variance, clip_x_0=True)
 
             measures["vlb"] = vlb
@@ -193,7 +195,7 @@ class System:
             steps = {"num_steps": config.sampler.num_steps, "spacing": config.sampler.spacing}
 
             def inversion(x_0: Tensor, y: Tensor | None, noise: Noise) -> Mapping[str, Tensor]:
-                with precision.autocast():
+                with precision.products(), precision.autocast():
                     x_T = ddim_inversion(guided, schedule, x_0, y, **steps)
                     back = ddim(guided, schedule, x_T, y, noise, **steps)
                 return {"inversion_rmse": (back - x_0).square().flatten(1).mean(dim=1).sqrt()}
@@ -335,7 +337,7 @@ def build_trainer(
     for launching in ("num_processes", "max_restarts", "timeout_seconds", "dry_run"):
         del settings[launching]
     sample_every_images = settings.pop("sample_every_images")
-    precision = Precision(settings.pop("precision"), system.device)
+    precision = Precision(settings.pop("precision"), system.device, settings.pop("tf32"))
     store = CheckpointStore(run.checkpoints, settings.pop("keep_checkpoints"), warn)
 
     def give_up_waiting() -> None:
@@ -364,7 +366,8 @@ def build_trainer(
 
     if not isinstance(system.autoencoder, IdentityAutoencoder):
         batches = EncodedBatches(batches, system.autoencoder.fingerprint)  # missing weights end it here
-    settings["ema_decays"] = list(settings["ema_decays"])
+    for averages in ("ema_decays", "ema_power"):
+        settings[averages] = list(settings[averages])
     return Trainer(
         model=system.model,
         objective=system.objective,
@@ -372,6 +375,7 @@ def build_trainer(
         to_latents=to_latents,
         optimizer=construct(config.optimizer, "optimizer", named_parameters=system.model.named_parameters()),
         checkpoints=store,
+        snapshots=CheckpointStore(run.path / posthoc.DIRECTORY, None, warn),
         log=MetricsLog(run.path / "metrics.jsonl"),
         precision=precision,
         config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
@@ -492,7 +496,10 @@ def _check_extractor(extractor: FeatureExtractor, image_shape: Sequence[int], ch
 
 
 def choose_weights(checkpoint: Checkpoint, weights: str, key: str) -> str:
-    """The full name of `weights` (ema, ema_<decay> or model) of a checkpoint; ConfigError names `key`."""
+    """The full name of `weights` (ema stands for the first average) of a checkpoint; ConfigError names `key`."""
+    if weights.startswith(posthoc.PREFIX):
+        posthoc.plan(checkpoint, weights, note, key)
+        return weights
     name = checkpoint.ema_names[0] if weights == "ema" else weights
     known = [*checkpoint.ema_names, "model"]
     if name not in known:
@@ -500,11 +507,18 @@ def choose_weights(checkpoint: Checkpoint, weights: str, key: str) -> str:
     return name
 
 
+def read_weights(checkpoint: Checkpoint, name: str, key: str) -> dict[str, Tensor]:
+    """The tensors of the weights with a full name; ConfigError names `key`."""
+    if name.startswith(posthoc.PREFIX):
+        return posthoc.reconstruct(checkpoint, name, note, key)
+    return checkpoint.tensors(name)
+
+
 def load_weights(checkpoint: Checkpoint, model: nn.Module, weights: str, key: str = "sampling.weights") -> str:
-    """Load `weights` (ema, ema_<decay> or model) of a checkpoint into a model; returns their full name."""
+    """Load `weights`, as `choose_weights` knows them, into a model; returns their full name."""
     name = choose_weights(checkpoint, weights, key)
     checkpoint.check_model(model.state_dict())
-    model.load_state_dict(checkpoint.tensors(name))
+    model.load_state_dict(read_weights(checkpoint, name, key))
     model.requires_grad_(False).eval()
     return name
 

@@ -44,7 +44,10 @@ DESCRIPTIONS = {
           trainer.batch_size=256        images per step (global)
           trainer.total_images=2M       length of training; suffixes k, M, Ki, Mi
           trainer.save_every_images=    interval of checkpoints (also sample_, log_)
-          trainer.precision=bf16        bf16, fp16 or fp32
+          trainer.precision=bf16        bf16, fp16 or fp32; trainer.tf32=false: no rounding of what is fp32
+          trainer.compile=true          torch.compile of the model's blocks
+          trainer.ema_decays=[0.9999]   averages of the weights; trainer.ema_power=[0.05,0.1]: also of these shares
+                                        of the run, and trainer.ema_snapshot_every_images=1M: kept for later
           trainer.device_batch_size=    split a step into several passes, to fit the memory
           evaluation=NAME               what `diffussm evaluate` will measure; none for nothing
           init_from=PATH                fine-tune: begin with the weights (init_weights=ema) of a run, a checkpoint
@@ -77,8 +80,10 @@ DESCRIPTIONS = {
 
           checkpoint=PATH               a run directory (newest valid checkpoint) or one checkpoint
           num_images=100 classes=[3,7]  how many, of which classes
-          sampler=ddim                  default: the sampler of the run's configuration, as are the next two lines
-          sampler.num_steps=50 sampling.seed=0 sampling.weights=ema
+          sampler=ddim                  default: the run's configuration, as for the lines below
+          sampler.num_steps=50 sampling.seed=0 sampling.tf32=true
+          sampling.weights=ema          ema, ema_<decay>, ema_power_<sigma_rel> or model; posthoc_<sigma_rel> is an
+                                        average of another length, made of the run's ema_snapshots
           guidance.scale=1.5            classifier-free; guidance.channels=3
           guidance.interval=[100,800]   the timesteps at which it is guided
           guidance=classifier guidance.checkpoint=PATH guidance.scale=5
@@ -162,7 +167,7 @@ DESCRIPTIONS = {
           layout=official               one file with the names of DiT's authors (of DiffuSSM: its own)
           layout=diffusers              a directory for DiTTransformer2DModel.from_pretrained; its outputs differ
                                         slightly, for its timestep sinusoid has other frequencies
-          weights=ema                   ema, ema_<decay> or model
+          weights=ema                   as sampling.weights of `sample`
           to=PATH                       default: under export/ of the run""",
     "complexity": """\
         Print what models cost on paper, per image of one forward pass. Nothing is computed.

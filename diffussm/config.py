@@ -53,7 +53,15 @@ class TrainerConfig:
     decay_images: Images = fixed(0)  # linear decay to 0 over the last so many images
     max_grad_norm: float | None = fixed(None)
     ema_decays: list[float] = fixed([0.9999])  # sampling uses the first
+    ema_power: list[float] = fixed(
+        []
+    )  # more averages, whose lengths are these shares of the run (EDM2's sigma_rel)
+    ema_snapshot_every_images: Images | None = free(
+        None
+    )  # keep those averages for posthoc_<sigma_rel>; null: never
     precision: str = fixed("bf16")  # bf16, fp16 or fp32
+    tf32: bool = fixed(True)  # round factors of what is fp32 to 10 bits on a GPU, as bf16 rounds them to 7
+    compile: bool = free(False)  # torch.compile of the model's blocks; rounds differently, no more coarsely
     device_batch_size: int | None = free(None)  # most images in one forward pass; null: all of a process's
     num_processes: int | None = free(
         None
@@ -71,8 +79,9 @@ class SamplingConfig:
 
     batch_size: int = free(64)
     seed: int = free(0)
-    weights: str = free("ema")  # of sample and evaluate: ema (the first average), ema_<decay>, or model
+    weights: str = free("ema")  # of sample and evaluate: ema (the first average), one of WEIGHTS
     precision: str = free("fp32")
+    tf32: bool = free(False)  # as trainer.tf32
 
 
 @dataclass
@@ -163,7 +172,7 @@ class ExportConfig:
     checkpoint: str = free()
     trust_checkpoint: bool = free(False)  # build classes from outside diffussm that a checkpoint names
     layout: str = free("pipeline")  # pipeline, official or diffusers
-    weights: str = free("ema")  # ema (the first average), ema_<decay>, or model
+    weights: str = free("ema")  # ema (the first average), one of WEIGHTS
     autoencoder: Any = free()  # of layout=pipeline
     to: str | None = free(None)  # null: export/<...> in the run directory
 
@@ -235,6 +244,7 @@ class BenchConfig:
     out: str = free("bench")  # directory of bench.json and bench.md
 
 
+WEIGHTS = "ema, ema_<decay>, ema_power_<sigma_rel>, posthoc_<sigma_rel> or model"
 SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "density", "coverage", "class_agreement")
 METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
 BENCH_SUITES = (
@@ -375,6 +385,16 @@ def _validate_trainer(config: DictConfig) -> None:
     _require(config, "trainer.max_grad_norm", positive, "must be positive, or null for no clipping")
     decays_fit = len(trainer.ema_decays) > 0 and all(0 <= decay < 1 for decay in trainer.ema_decays)
     _require(config, "trainer.ema_decays", decays_fit, "needs at least one number, each in [0, 1)")
+    powers_fit = len(set(trainer.ema_power)) == len(trainer.ema_power) and all(
+        0 < sigma_rel <= 0.28 for sigma_rel in trainer.ema_power
+    )
+    _require(config, "trainer.ema_power", powers_fit, "needs different numbers, each above 0 and at most 0.28")
+    every = trainer.ema_snapshot_every_images
+    _require(
+        config, "trainer.ema_snapshot_every_images", every is None or every >= 1, "must be at least 1, or null"
+    )
+    remedy = "keeps the averages of trainer.ema_power: set that too, such as [0.05,0.1]"
+    _require(config, "trainer.ema_snapshot_every_images", every is None or len(trainer.ema_power), remedy)
     _require_choice(config, "trainer.precision", ("bf16", "fp16", "fp32"))
     one_step = trainer.batch_size <= trainer.total_images
     _require(config, "trainer.batch_size", one_step, f"exceeds trainer.total_images={trainer.total_images}")
@@ -436,8 +456,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _require_weights(config: DictConfig, key: str) -> None:
     name = OmegaConf.select(config, key)
-    is_weights = name in ("ema", "model") or name.startswith("ema_")
-    _require(config, key, is_weights, "choose ema, ema_<decay> or model")
+    is_weights = name in ("ema", "model") or name.startswith(("ema_", "posthoc_"))
+    _require(config, key, is_weights, f"choose {WEIGHTS}")
 
 
 def _require(config: DictConfig, key: str, holds: object, remedy: str) -> None:

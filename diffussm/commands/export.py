@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from diffussm.build import choose_weights, construct, load_weights
+from diffussm.build import choose_weights, construct, load_weights, read_weights
 from diffussm.commands import print_config
 from diffussm.commands.from_checkpoint import (
     check_autoencoder,
@@ -62,9 +62,9 @@ def run(options: argparse.Namespace) -> int:
     if config.layout == "pipeline":
         _export_pipeline(checkpoint, weights, trained, to)
     elif config.layout == "official":
-        _write(checkpoint.tensors(weights), to)
+        _write(read_weights(checkpoint, weights, "weights"), to)
     else:
-        _export_to_diffusers(checkpoint.tensors(weights), trained, to)
+        _export_to_diffusers(read_weights(checkpoint, weights, "weights"), trained, to)
     print(f"{to}: {weights} of {checkpoint.path}, layout {config.layout}")
     return 0
 
@@ -87,7 +87,7 @@ def _export_pipeline(checkpoint: Checkpoint, weights: str, trained: DictConfig, 
         raise ConfigError(f"layout=pipeline: knows {known}, not {network.__name__}: choose layout=official")
     arguments = {key: value for key, value in trained.model.items() if key != "_target_"}
     model = COMPONENTS[network](**arguments)
-    load_weights(checkpoint, model, weights)
+    load_weights(checkpoint, model, weights, "weights")
     autoencoder: Autoencoder = construct(trained.autoencoder, "autoencoder")
     check_autoencoder(checkpoint, autoencoder)
     scheduler = _make_scheduler(trained, autoencoder.latent_shape((channels, height, width)))

@@ -81,6 +81,8 @@ def make_request(checkpoint: Checkpoint, config: DictConfig, keys: Sequence[str]
     chosen = {key: config[key] for key in ("sampling", *keys)}
     settings = OmegaConf.to_container(OmegaConf.create(chosen), resolve=True)
     assert isinstance(settings, dict)
+    if not settings["sampling"]["tf32"]:  # requests are older than this choice
+        del settings["sampling"]["tf32"]
     autoencoder: Autoencoder = construct(config.autoencoder, "autoencoder")
     if not isinstance(autoencoder, IdentityAutoencoder):  # requests of pixels are older than autoencoders
         kept = {key: value for key, value in config.autoencoder.items() if not may_change(f"autoencoder.{key}")}

@@ -19,7 +19,7 @@ from diffussm.models.layouts import check_weights, detect_layout, from_diffusers
 from diffussm.runtime.errors import ConfigError, DataError, RunDirectoryError
 from diffussm.runtime.run_dir import RunDirectory, write_atomically
 from diffussm.training.checkpoint import CheckpointStore
-from diffussm.training.ema import average_name
+from diffussm.training.ema import average_names
 from diffussm.training.trainer import TrainState
 
 # What the public DiTs draw with; other autoencoders of as many channels are to be named.
@@ -124,7 +124,8 @@ def _publish(
         if not same_weights or there.document("config") != resolved:
             raise RunDirectoryError(f"run_dir={directory.path}: holds another run: choose another name")
         return False
-    tensors = {"model": state, **{average_name(decay): state for decay in config.trainer.ema_decays}}
+    averages = average_names(config.trainer.ema_decays, config.trainer.ema_power)
+    tensors = {"model": state, **dict.fromkeys(averages, state)}
     documents = {"train_state": asdict(train_state), "config": resolved}
     store.save(0, {**tensors, "optimizer": {}}, documents)
     write_atomically(directory.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True).encode())

@@ -80,7 +80,7 @@ class Classifier:
 
     Args:
         checkpoint: run directory or checkpoint of a classifier (`objective=classifier`).
-        weights: of it: ema, ema_<decay> or model.
+        weights: of it: ema, ema_<decay>, ema_power_<sigma_rel>, posthoc_<sigma_rel> or model.
     """
 
     checkpoint: str
@@ -120,7 +120,7 @@ class Autoguidance:
     Args:
         checkpoint: run directory or checkpoint of a weaker model of the same data: smaller, or trained for less.
         scale: 1 is the model, larger moves away from the weaker one.
-        weights: of the weaker model: ema, ema_<decay> or model.
+        weights: of the weaker model: ema, ema_<decay>, ema_power_<sigma_rel>, posthoc_<sigma_rel> or model.
         channels, interval: as for `ClassifierFree`.
     """
 

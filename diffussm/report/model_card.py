@@ -147,7 +147,10 @@ def _schedule(facts: CardFacts) -> dict[str, str]:
 def _weights(name: str) -> str:
     if name == "model":
         return "as they were after the last step, not averaged"
-    return f"exponential moving average, decay {name.removeprefix('ema_')}"
+    kind, _, number = name.rpartition("_")
+    if kind == "ema":
+        return f"exponential moving average, decay {number}"
+    return f"power-function moving average (EDM2), sigma_rel {number}"
 
 
 def _sampling(facts: CardFacts) -> str:

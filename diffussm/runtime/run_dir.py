@@ -1,6 +1,7 @@
 """The run directory: one writer at a time, files that are whole or absent, and the state of the run.
 
 config.yaml   metrics.jsonl   status.json   results.json   checkpoints/step-.../   samples/*.png
+ema_snapshots/step-.../
 """
 
 import contextlib

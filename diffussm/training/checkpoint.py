@@ -83,15 +83,15 @@ class CheckpointStore:
 
     Args:
         root: the directory of step-... directories.
-        keep: how many are kept; older ones go only after a newer one is published.
+        keep: how many are kept; older ones go only after a newer one is published. None: all.
         warn: told, in one line, of each damaged checkpoint that is passed over.
     """
 
-    def __init__(self, root: Path, keep: int = 2, warn: Callable[[str], None] = print) -> None:
+    def __init__(self, root: Path, keep: int | None = 2, warn: Callable[[str], None] = print) -> None:
         self.root, self.keep, self.warn = root, keep, warn
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]) -> Path:
-        """Publish a checkpoint; `tensors` must hold one group named `model`. StorageError if it cannot."""
+        """Publish a checkpoint, whose first group of `tensors` tells the model's. StorageError if it cannot."""
         path = self.root / f"step-{step:012d}"
         temporary = self.root / f".tmp-{path.name}"
         try:
@@ -108,7 +108,7 @@ class CheckpointStore:
                 files[f"{name}.json"] = _write(temporary / f"{name}.json", content)
             manifest = {
                 "format_version": FORMAT_VERSION,
-                "model": _describe(tensors["model"]),
+                "model": _describe(next(iter(tensors.values()))),
                 "files": files,
             }
             write_and_sync(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
@@ -117,7 +117,7 @@ class CheckpointStore:
                 shutil.rmtree(path)
             temporary.rename(path)
             sync_directory(self.root)
-            for old in self.paths()[: -self.keep]:
+            for old in self.paths()[: -self.keep] if self.keep else []:
                 shutil.rmtree(old)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -183,7 +183,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{file}: missing: not a complete checkpoint") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunDirectoryError(f"{file}: damaged ({type(error).__name__}): use another checkpoint") from None
-    if not whole or "model.safetensors" not in names:
+    if not whole or not any(name.endswith(".safetensors") for name in names):
         raise RunDirectoryError(f"{file}: damaged or hostile: file names or contents that no checkpoint has")
     if version != FORMAT_VERSION:
         raise RunDirectoryError(f"{file}: format_version {version}, this diffussm reads {FORMAT_VERSION}")

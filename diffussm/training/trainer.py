@@ -26,6 +26,7 @@ from diffussm.runtime.errors import (
 )
 from diffussm.runtime.seeding import draw_normal, make_generator
 from diffussm.training.checkpoint import Checkpoint, CheckpointStore
+from diffussm.training.compilation import compile_blocks, naming_compile_failures
 from diffussm.training.ema import ModelAverages
 from diffussm.training.initial import InitialWeights
 from diffussm.training.logging import MetricsLog, Progress
@@ -121,8 +122,10 @@ class Trainer:
         batch_size: images per optimiser step, over all processes.
         device_batch_size: most images in one forward pass; a step accumulates over as many as it takes.
         processes: those of the job, which have met when `run` is called.
+        compile: whether the model's blocks are compiled.
         max_grad_norm: gradients are scaled down to this norm; None leaves them as they are.
         config: the resolved configuration, stored in every checkpoint.
+        snapshots: where the averages with ema_power go every so many images.
         stop: becomes true when the process has been asked to stop.
     """
 
@@ -147,7 +150,11 @@ class Trainer:
         decay_images: int = 0,
         device_batch_size: int | None = None,
         max_grad_norm: float | None = None,
+        compile: bool = False,
         ema_decays: Sequence[float] = (0.9999,),
+        ema_power: Sequence[float] = (),
+        ema_snapshot_every_images: int | None = None,
+        snapshots: CheckpointStore | None = None,
         periodic: Sequence[Periodic] = (),
         processes: Processes | None = None,
         stop: Callable[[], object] = lambda: False,
@@ -161,12 +168,15 @@ class Trainer:
         self.samples = self.processes.share(batch_size)
         self.parts = split(batch_size, self.processes, device_batch_size)
         self.max_grad_norm, self.periodic, self.stop = max_grad_norm, periodic, stop
-        self.averages = ModelAverages(model, ema_decays)
+        self.averages = ModelAverages(model, ema_decays, ema_power)
+        self.snapshots, self.ema_snapshot_every_images = snapshots, ema_snapshot_every_images
         self.device = next(model.parameters()).device
         self.window = MetricsWindow(objective.num_timesteps, self.device)
         self.imported: Mapping[str, Any] | None = None
         self.initial: InitialWeights | None = None  # to begin with; the first process's count, for all
         self.network = model  # what forward passes go through
+        if compile:
+            compile_blocks(model)  # after the averages were copied from it
         self.step = 0
         self.skipped_steps = self.skipped_in_a_row = self.failed_saves = 0
         self.is_stopping = False  # whether any process has been asked to
@@ -185,7 +195,7 @@ class Trainer:
         progress = Progress(self.total_images, self.images, "img", is_shown=self.processes.is_first)
         try:
             self.catch_up()
-            with contextlib.closing(self.batches.starting_at(self.step)) as batches:
+            with contextlib.closing(self.batches.starting_at(self.step)) as batches, naming_compile_failures():
                 first_step = self.step
                 while self.images < self.total_images:
                     try:
@@ -250,7 +260,8 @@ class Trainer:
             noise = self._place(draw_normal(self.seed, "noise", self.step, part, shape))
             drawn = draws[part.start : part.stop].to(self.device)
             is_last = part is self.parts[-1]
-            with contextlib.nullcontext() if is_last else local_gradients(self.network):
+            reduction = contextlib.nullcontext() if is_last else local_gradients(self.network)
+            with reduction, self.precision.products():
                 with self.precision.autocast():
                     terms = self.objective(self.network, x_0, y, drawn, noise)
                 loss = terms["loss"].sum() * factor
@@ -329,6 +340,8 @@ class Trainer:
                 if periodic.every_images and self._due(periodic.every_images):
                     self.pending.append(periodic.name)
             self.catch_up()
+        if self.ema_snapshot_every_images and self._due(self.ema_snapshot_every_images):
+            self.processes.on_first(lambda: self._save_snapshot(say))
         if self.is_stopping and not ended:
             self.stop_here(say)
         if saving:
@@ -391,13 +404,7 @@ class Trainer:
             pending=self.pending,
             imported=self.imported,
         )
-        for group in tensors.values():
-            for name, tensor in group.items():
-                if not tensor.isfinite().all():
-                    raise DivergedError(
-                        f"{name} is no longer finite at step {self.step}, nothing was saved: lower optimizer.lr; "
-                        "the checkpoints before it are intact"
-                    )
+        self._refuse_non_finite(tensors)
         documents = {"train_state": asdict(train_state), "config": dict(self.config)}
         for _ in range(2):
             try:
@@ -410,6 +417,27 @@ class Trainer:
         self.failed_saves += 1
         if self.failed_saves >= MAX_FAILED_SAVES or self.images >= self.total_images or self.is_stopping:
             raise failure
+
+    def _save_snapshot(self, say: Callable[[str], None]) -> None:
+        """Keep the power averages as they are; a failure costs this snapshot only."""
+        assert self.snapshots is not None
+        tensors = self.averages.power_state()
+        self._refuse_non_finite(tensors)
+        if self.averages.num_updates:
+            try:
+                facts = {"images": self.images, "ema_updates": self.averages.num_updates}
+                self.snapshots.save(self.step, tensors, {"snapshot": facts})
+            except StorageError as error:
+                say(f"going on without this snapshot of averages: {error}")
+
+    def _refuse_non_finite(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for group in tensors.values():
+            for name, tensor in group.items():
+                if not tensor.isfinite().all():
+                    raise DivergedError(
+                        f"{name} is no longer finite at step {self.step}, nothing was saved: lower optimizer.lr; "
+                        "the checkpoints before it are intact"
+                    )
 
     def restore(self) -> None:
         """Continue from the newest valid checkpoint; without any, start at step 0, from `initial` if it is set.
@@ -462,7 +490,15 @@ class Trainer:
 
     def _load(self, read: Callable[[str], dict[str, Tensor]], train_state: TrainState) -> None:
         self.model.load_state_dict(read("model"))
-        self.averages.load({name: read(name) for name in self.averages.state()}, train_state.ema_updates)
+        averages = {name: read(name) for name in self.averages.state()}
+        if missing := [name for name, tensors in averages.items() if not tensors]:
+            raise self.processes.told_by_first(
+                ConfigError(
+                    f"trainer.ema_decays and ema_power: the checkpoint has no {', '.join(missing)}: an average "
+                    "begins with its run: leave it out"
+                )
+            )
+        self.averages.load(averages, train_state.ema_updates)
         parameters = dict(self.model.named_parameters())
         for key, tensor in read("optimizer").items():
             name, _, field = key.rpartition("/")

@@ -126,7 +126,7 @@ def test_several_processes_begin_alike(base, tmp_path):
         (("model.hidden_size=32",), 2, "model.hidden_size: 16 there, 32 here"),
         (("model.token_order=serpentine",), 2, "model.token_order: raster there, serpentine here"),
         (("init_weights=ema_0.5",), 2, "init_weights=ema_0.5: "),
-        (("init_weights=best",), 2, "init_weights=best: choose ema, ema_<decay> or model"),
+        (("init_weights=best",), 2, "init_weights=best: choose ema, ema_<decay>"),
         (("init_from=null", "init_weights=model"), 2, "init_weights=model: of what? set init_from too"),
         (("init_from=nowhere",), 73, "init_from=nowhere: no checkpoint there"),
     ],

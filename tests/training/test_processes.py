@@ -45,8 +45,10 @@ def one(tmp_path_factory) -> Path:
         ("trainer.num_processes=2",),
         ("trainer.num_processes=2", "trainer.device_batch_size=3"),
         ("trainer.num_processes=3",),
+        ("trainer.num_processes=2", "model.activation_checkpointing=true"),
+        ("trainer.num_processes=2", "model.activation_checkpointing=true", "trainer.device_batch_size=3"),
     ],
-    ids=["2", "2 accumulating", "3 of unequal shares"],
+    ids=["2", "2 accumulating", "3 of unequal shares", "2 recomputing", "2 recomputing and accumulating"],
 )
 def test_processes_have_the_losses_of_one(tmp_path, one, overrides):
     result = train(tmp_path, *STEADY, *overrides)
