@@ -36,8 +36,8 @@ from diffussm.evaluation.likelihood import ImageMeasure
 from diffussm.models import S4D, NoisyClassifier
 from diffussm.models.layers import Denoiser
 from diffussm.report.grid import save_grid
-from diffussm.runtime.distributed import Processes, Undertaking
-from diffussm.runtime.errors import ConfigError, RunDirectoryError, UserError, note
+from diffussm.runtime.distributed import Interrupted, Processes, Undertaking
+from diffussm.runtime.errors import ConfigError, DataError, RunDirectoryError, UserError, note
 from diffussm.runtime.run_dir import RunDirectory
 from diffussm.runtime.seeding import derive_seed
 from diffussm.training import posthoc
@@ -66,6 +66,14 @@ def build_source(data: DictConfig, model: DictConfig) -> ImageSource | LatentSou
         has = "no class labels" if given is None else f"{given} classes"
         fix = "null" if given is None else given
         raise ConfigError(f"model.num_classes={known}: the data has {has}: set it to {fix}")
+    if known is not None and is_latent_set(source):
+        labels = source.labels(torch.arange(len(source)))
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= known:
+            raise DataError(
+                f"data.path={data.path}: its labels run from {low} to {high}, those of model.num_classes={known} "
+                f"from 0 to {known - 1}: encode the images again"
+            )
     return source
 
 
@@ -94,8 +102,13 @@ class System:
         self.autoencoder = autoencoder.to(device)
         process = construct(config.diffusion, "diffusion").to(device)
         channels, height, width = image_shape
-        self.latent_shape = self.autoencoder.latent_shape((channels, height, width))
-        check_latents(config.model, self.latent_shape)
+        try:
+            self.latent_shape = self.autoencoder.latent_shape((channels, height, width))
+            check_latents(config.model, self.latent_shape)
+        except ConfigError:
+            # Of latents that are ready the shape is given, and if nothing fits the autoencoder is to blame.
+            check_encoder(config.data, self.autoencoder)
+            raise
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "model"))
             self.model = construct(config.model, "model").to(device)
@@ -245,6 +258,17 @@ def describe_fingerprint(fingerprint: Mapping[str, Any]) -> str:
     return " ".join([fingerprint["kind"], *(f"{key}={value}" for key, value in rest.items())])
 
 
+def check_encoder(data: DictConfig, autoencoder: Autoencoder) -> None:
+    """Refuse an autoencoder that has not made the latents that the data are, if these are latents and are here."""
+    if not str(data.get("_target_")).endswith(".LatentSet"):
+        return
+    try:
+        source = construct(data, "data")
+    except UserError:
+        return  # nobody needs them to use a trained model
+    source.check_autoencoder(autoencoder.fingerprint)
+
+
 def check_latents(model: DictConfig, latent_shape: tuple[int, int, int]) -> None:
     """Refuse, before it is built, a model that does not take latents of this shape (C, H, W)."""
     channels, height, width = latent_shape
@@ -290,6 +314,11 @@ def build_trainer(
     config, autoencoder = system.config, system.autoencoder
     if is_latent_set(source):
         source.check_autoencoder(autoencoder.fingerprint)
+        if source.latent_shape != system.latent_shape:
+            raise DataError(
+                f"data.path={config.data.path}: holds latents of {source.latent_shape}, the autoencoder makes "
+                f"{system.latent_shape} of images of {source.image_shape}: encode the images again"
+            )
         source.check_spread()
     settings = dict(config.trainer)
     for launching in ("num_processes", "max_restarts", "timeout_seconds"):
@@ -297,6 +326,12 @@ def build_trainer(
     sample_every_images = settings.pop("sample_every_images")
     precision = Precision(settings.pop("precision"), system.device, settings.pop("tf32"))
     store = CheckpointStore(run.checkpoints, settings.pop("keep_checkpoints"), warn)
+
+    def give_up_waiting() -> None:
+        """Of several processes, the others may wait for this one already, and need its batch to end well."""
+        if stop() and processes.world_size == 1:
+            raise Interrupted
+
     batches: Batches = BatchLoader(
         source,
         config.trainer.batch_size,
@@ -309,6 +344,7 @@ def build_trainer(
         # Each process finds every bad image sooner or later, and counts for itself.
         bad_files=run.path / ("bad_files.jsonl" if processes.is_first else f"bad_files_{processes.rank}.jsonl"),
         warn=warn,
+        poll=give_up_waiting,
     )
 
     def to_latents(images: Tensor, noise: Tensor | None) -> Tensor:
@@ -553,11 +589,13 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str):
         return isinstance(value, hint)
+    if hint is Path:
+        return isinstance(value, str | Path)
     if origin in (Sequence, tuple):
         items = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
         hints = get_args(hint) if origin is tuple else get_args(hint) * len(items or ())
         return items is not None and len(items) == len(hints) and all(map(_fits, items, hints))
-    return True  # paths and nested objects are the constructor's to judge
+    return True  # nested objects are the constructor's to judge
 
 
 def _describe(hint: Any) -> str:
@@ -569,8 +607,8 @@ def _describe(hint: Any) -> str:
         return f"a list, each {_describe(*get_args(hint))}"
     if get_origin(hint) is tuple:
         return f"a list of {', '.join(map(_describe, get_args(hint)))}"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return names.get(hint, str(hint))
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    return names.get(hint, "null" if hint is type(None) else str(hint))
 
 
 def _with_key(key: str, error: BaseException) -> str:

@@ -185,7 +185,8 @@ DESCRIPTIONS = {
         Measure time and memory, forward and training step, in one process with alternating repetitions. Prints
         a Markdown table with goals; writes bench.json and bench.md, after every result.
 
-          suites=[layer,block]          of layer, convolution, block, model, dit, sampling, gemm, xl, data
+          suites=[layer,block]          of layer, convolution, block, model, dit, sampling, gemm, xl,
+                                        data, trainer
           lengths=[256,1024,4096,16384] tokens
           batch_size=4 hidden_size=384 d_state=64 depth=13
           repetitions=9 seconds=10      at most, for every call

@@ -242,7 +242,7 @@ class BenchConfig:
 WEIGHTS = "ema, ema_<decay>, ema_power_<sigma_rel>, posthoc_<sigma_rel> or model"
 SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "class_agreement")
 METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
-BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data")
+BENCH_SUITES = ("layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data", "trainer")
 ROOTS = {
     "train": TrainConfig,
     "encode": EncodeConfig,

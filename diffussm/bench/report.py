@@ -82,6 +82,12 @@ class Report:
             "skipped": [dataclasses.asdict(skip) for skip in self.skips],
         }
 
+    def _sizes(self) -> str:
+        setup = self.setup
+        sizes = f"B={setup.batch_size}, D={setup.hidden_size}, N={setup.d_state}, {setup.precision}"
+        compiled = ", compiled" if setup.compile else ""
+        return f"{sizes}{compiled}, training steps without optimiser (but for the suite trainer)"
+
     def markdown(self) -> str:
         """Two tables and what was left out."""
         setup, machine = self.setup, describe_machine(self.setup.device)
@@ -92,9 +98,8 @@ class Report:
             f"`{self.command}`, {self.date}. "
             + ", ".join(f"{key} {value}" for key, value in machine.items())
             + ".",
-            f"B={setup.batch_size}, D={setup.hidden_size}, N={setup.d_state}, {setup.precision}"
-            f"{', compiled' if setup.compile else ''}, allocator {allocator}. Medians of alternating repetitions "
-            "in one process; a training step is forward and backward, without optimiser. Only ratios carry over "
+            (f"{self._sizes()}, " if any(m.suite != "data" for m in self.measurements) else "")
+            + f"allocator {allocator}. Medians of alternating repetitions in one process. Only ratios carry over "
             "to another machine"
             + ("." if any(verdict.goal for verdict in verdicts) else "; goals are stated for other settings."),
             table(

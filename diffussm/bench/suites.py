@@ -9,6 +9,7 @@ sampling      a denoising step and a layer with spectra kept from step to step, 
 gemm          large matrix products
 xl            DiffuSSM-XL, DiT-XL/2 and DiT-XL with patches of 1, for a GPU
 data          latents and photographs as the loader brings them (loading.py)
+trainer       the trainer and a bare loop on the same model and data (training.py)
 """
 
 import math
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from diffussm.bench.baselines import Attention, DiffusersDiT, MatrixProduct, NoSSM, TextbookS4D
 from diffussm.bench.loading import FOLDER, LATENT_AREA, LATENTS, PHOTOGRAPH_AREA, TORCHVISION, measure_loading
+from diffussm.bench.training import BARE, TOKENS, TRAINER, measure_trainer
 from diffussm.bench.workload import Measurement, Phase, Setup, Skip, Subject, measure_group
 from diffussm.build import create_model
 from diffussm.models import S4D
@@ -99,6 +101,7 @@ COMPARISONS = (
     Comparison("data", "loading", "throughput", LATENTS, goals={LATENT_AREA: 20_000}),
     Comparison("data", "loading", "throughput", FOLDER),
     Comparison("data", "loading", "time", FOLDER, TORCHVISION, {PHOTOGRAPH_AREA: 1.0}),
+    Comparison("trainer", TRAIN, "time", TRAINER, BARE, {TOKENS: 0.97}),
 )
 
 
@@ -108,6 +111,9 @@ def run_suites(names: Sequence[str], setup: Setup, note: Callable[[str], None]) 
     for suite in names:
         if suite == "data":
             yield from measure_loading(setup, note)
+            continue
+        if suite == "trainer":
+            yield from measure_trainer(setup, note)
             continue
         maker, phases, most = SUITES[suite]
         for length in sorted(setup.lengths):

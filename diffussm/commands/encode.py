@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 def _encode(encoding: Encoding, config: DictConfig) -> LatentSet:
     if not encoding.processes.is_first:
         return encoding.run()
-    total, done = len(encoding.source), encoding.num_done()
+    total, done = len(encoding.source), encoding.num_done
     _summarize(encoding, done)
     progress = Progress(total, done, "img")
     try:
@@ -78,14 +78,18 @@ def _encode(encoding: Encoding, config: DictConfig) -> LatentSet:
 
 def _summarize(encoding: Encoding, done: int) -> None:
     total, path, processes = len(encoding.source), encoding.path, encoding.processes
+    shards = encoding.shards
     gigabytes = encoding.num_bytes * (total - done) / total / 1e9
     lines = [
         f"latents      {path}" + (f" (continues at {done:,} images)" if done else " (new)"),
         f"images       {total:,} of {encoding.source.image_shape}",
-        f"shards       {encoding.num_shards:,} of {encoding.shard_size:,} images, {gigabytes:.3g} GB to write",
-        f"processes    {processes.world_size}, the first on {encoding.device}",
+        f"shards       {len(shards):,} of {shards.shard_size:,} images, {gigabytes:.3g} GB to write",
+        f"processes    {processes.world_size}, the first on {encoding.device}"
+        + ", with one thread each, whose roundings are the same everywhere" * (encoding.device.type == "cpu"),
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)
+    if (idle := processes.world_size - len(shards)) > 0:
+        note(f"{idle:,} processes have nothing to do: lower shard_size={shards.shard_size}")
     if shutil.disk_usage(path).free / 1e9 < gigabytes:
         note(f"to={path}: that is more than is free there now")
 

@@ -328,13 +328,14 @@ def _inspect_latents(
 def _save_decoded(
     source: Any, autoencoder: Autoencoder, config: DictConfig, device: torch.device, found: Findings
 ) -> None:
-    """Latents of random images, and below each that of its mirror image."""
+    """Latents of random images, and below each that of its mirror image if these are used."""
     order = torch.randperm(len(source), generator=make_generator(config.seed, "inspect"))
     indices = order[: min(config.num_images, PAIR_COLUMNS * MAX_PAIR_ROWS)]
+    names = ["image", "mirrored"] if source.horizontal_flip else ["image"]
     rows = []
     for part in indices.split(PAIR_COLUMNS):
         mean = torch.zeros(len(part), *source.latent_shape)  # no noise
-        for is_mirrored in (False, True):
+        for is_mirrored in (False, True)[: len(names)]:
             x_0 = source.latents(part, torch.full((len(part),), is_mirrored), mean)
             rows.append(_reduce(autoencoder.to_pixels(x_0.to(device)).cpu()))
-    found.save(rows, SAMPLES, ["image", "mirrored"] * (len(rows) // 2))
+    found.save(rows, SAMPLES, names * (len(rows) // len(names)))

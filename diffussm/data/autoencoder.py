@@ -6,6 +6,7 @@ know their shapes, scale and shift from config.json alone, and load weights at t
 """
 
 import contextlib
+import importlib.metadata
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from diffussm.data.latents import sample_posterior
 from diffussm.data.pretrained import CONFIG_FILE, WEIGHTS_FILE, Pretrained
+from diffussm.data.tf32 import without_tf32
 from diffussm.runtime.errors import ConfigError, DataError, DivergedError, note
 
 IMAGE_CHANNELS = 3
@@ -90,7 +92,7 @@ class FrozenAutoencoder(ABC):
         shift: None: shift_factor of config.json, or 0.
         latent_channels: what config.json must say; None: whatever it says.
         factor: side of an image by side of its latent, likewise. With both, shapes are known without any file.
-        precision: of weights and activations, whatever the caller's autocast. fp16 gives way to fp32 where
+        precision: of weights and activations, whatever the caller's autocast or TF32. fp16 gives way to fp32 where
             config.json says that the network overflows in it (force_upcast).
         batch_size: most images in one pass.
         tile: images with a longer side, in pixels, pass in overlapping tiles of this side, which takes less memory
@@ -126,7 +128,7 @@ class FrozenAutoencoder(ABC):
                 raise ValueError(f"{key}={value}: must be at least 1, or null for what config.json says")
         self.files = Pretrained("autoencoder.pretrained", pretrained, subfolder, revision, self.class_name)
         self._scale, self._shift, self._told = scale, shift, {"latent_channels": latent_channels, "factor": factor}
-        self.precision, self.batch_size, self.tile = precision, batch_size, tile
+        self._precision, self.batch_size, self.tile = precision, batch_size, tile
         self.device = torch.device("cpu")
 
     @cached_property
@@ -172,15 +174,34 @@ class FrozenAutoencoder(ABC):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Its weights and whatever else decides what latents mean; precision and tiles are rounding to it."""
+        """Its network and whatever else decides what latents mean; precision and tiles are rounding to it."""
         return {
             "kind": type(self).__name__,
             "sha256": self.files.sha256,
+            "config_sha256": self.files.architecture_sha256,
             "scale": self.scale,
             "shift": self.shift,
             "latent_channels": self.config["latent_channels"],
             "factor": self.config["factor"],
         }
+
+    @cached_property
+    def precision(self) -> str:
+        """Of weights and activations, after what config.json says."""
+        if self._precision == "fp16" and self.files.config.get("force_upcast"):
+            note("autoencoder.precision=fp16: its config.json asks for more (force_upcast): it works in fp32")
+            return "fp32"
+        return self._precision
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """Which of the possible latents of an image it gives."""
+        return {"precision": self.precision, "tile": self.tile}
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """What else the last bits of latents depend on."""
+        return {"diffusers": importlib.metadata.version("diffusers"), "autoencoder.batch_size": self.batch_size}
 
     def latent_shape(self, image_shape: Shape) -> Shape:
         """(C, H, W) of the latents of such images; ConfigError names the key if there are none."""
@@ -216,9 +237,6 @@ class FrozenAutoencoder(ABC):
     def network(self) -> Any:
         """The network of diffusers, loaded at first use; DataError if its file is missing or not whole."""
         network = self._load()
-        if self.precision == "fp16" and self.files.config.get("force_upcast"):
-            note("autoencoder.precision=fp16: its config.json asks for more (force_upcast): it works in fp32")
-            self.precision = "fp32"
         if self.tile is not None:
             self._enable_tiling(network, self.tile)
         with _quiet():
@@ -280,7 +298,8 @@ class FrozenAutoencoder(ABC):
     def _in_batches(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`work` of `batch_size` items at a time, in the network's own precision, whose results are float32."""
         self.network  # noqa: B018  (loaded first, for it decides the precision)
-        with torch.autocast(self.device.type, enabled=False):
+        exact = without_tf32() if self.precision == "fp32" else contextlib.nullcontext()
+        with torch.autocast(self.device.type, enabled=False), exact:
             parts = [work(part.to(self.device)).float() for part in x.split(self.batch_size)]
         result = torch.cat(parts)
         if self.precision != "fp32" and not result.isfinite().all():

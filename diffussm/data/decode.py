@@ -1,7 +1,10 @@
 """From image files to RGB pixels, and from pixels to the square that models see: the same for every source."""
 
+import contextlib
 import errno
 import io
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +14,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from diffussm.runtime.errors import BadImage, DataError
 
-# Whoever changes what comes out of `decode` or `center_crop` changes these words too: they tell statistics apart.
+# Whoever changes what comes out of `decode` or `center_crop` raises this: it tells data sets apart.
+DECODING_VERSION = 1
+CROP = f"adm_center v{DECODING_VERSION}"
+# And changes these words too: they tell statistics apart.
 PREPROCESSING = "upright, 8 bits of RGB, transparency over white, ADM's centre crop"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # and no EPS: Pillow has programs run it
 MAX_PIXELS = 2**27  # half a gigabyte when decoded
@@ -45,7 +51,7 @@ def decode(content: bytes | Path, name: str | None = None) -> Image.Image:
         DataError: a file that the system does not give; a link to nothing is a bad image.
     """
     try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
+        with _open(content) as image:
             _check_size(*image.size)
             image.load()
             return _to_rgb(_turn_upright(image))
@@ -73,9 +79,18 @@ class Header:
 
 def read_header(content: bytes | Path) -> Header:
     """The header of what `decode` can decode; no pixels are read."""
-    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
+    with _open(content) as image:
         width, height = image.size[::-1] if _orientation(image) >= 5 else image.size
         return Header(str(image.format), image.mode, width, height)
+
+
+@contextlib.contextmanager
+def _open(content: bytes | Path) -> Iterator[Image.Image]:
+    """Without Pillow's warnings: what cannot be used ends in an error, and the rest is fine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
+            yield image
 
 
 def center_crop(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "H W 3"]:

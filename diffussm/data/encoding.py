@@ -2,8 +2,7 @@
 
 Shard k holds the images of one range of the source, encoded in batches that never cross its ends. So what is in
 it depends neither on who encodes it nor on what was encoded before, and the finished set is the same, byte for
-byte, however it came about. A shard is finished when its record, shards/00000k.json, is there: it is written
-after the moments, and each of both appears whole or not at all.
+byte, however it came about. Until it is finished, images that could not be read are looked at again at each start.
 """
 
 import contextlib
@@ -11,6 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffussm.data.bad_files import listing
 from diffussm.data.images import ImageSource
 from diffussm.data.latents import (
     BAD_FILES,
@@ -30,9 +31,9 @@ from diffussm.data.latents import (
     LatentSet,
     differences,
     hash_stream,
-    shard_name,
 )
 from diffussm.data.reading import Images, in_batches, read_images
+from diffussm.data.shards import BadEntry, ShardRecord, Shards
 from diffussm.runtime.distributed import Processes
 from diffussm.runtime.errors import (
     BadImage,
@@ -45,7 +46,11 @@ from diffussm.runtime.run_dir import OwnedDirectory, atomic_file, sync_directory
 
 
 class Encoder(Protocol):
-    """The part of an autoencoder that latents come from."""
+    """The part of an autoencoder that latents come from.
+
+    It may tell more: by `encoding`, which settings change what it gives; by `rounding`, what only the last bits of
+    that depend on.
+    """
 
     scale: float
     shift: float
@@ -84,12 +89,15 @@ class Encoding:
         stop: Callable[[], object] = lambda: False,
     ) -> None:
         self.source, self.autoencoder, self.path = source, autoencoder, path
-        self.batch_size, self.shard_size, self.num_workers = batch_size, shard_size, num_workers
+        self.batch_size, self.num_workers = batch_size, num_workers
         self.device, self.processes, self.stop = device, processes or Processes(), stop
         self.dtype = DTYPES[dtype]
         channels, *sides = autoencoder.latent_shape(source.image_shape)
         self.row_shape = ((2 if autoencoder.is_stochastic else 1) * channels, *sides)
+        self.images_per_row = 2 if source.horizontal_flip else 1
         self.directory = OwnedDirectory(path, "to", "directory")
+        self.shards = Shards(path, len(source), shard_size)
+        self.num_done = 0
         # Through JSON, so that what is read back compares equal.
         self.request: dict[str, Any] = json.loads(
             json.dumps(
@@ -97,10 +105,12 @@ class Encoding:
                     "source": dict(source.fingerprint),
                     "image_shape": source.image_shape,
                     "autoencoder": dict(autoencoder.fingerprint),
+                    "encoding": getattr(autoencoder, "encoding", {}),
                     "scale": autoencoder.scale,
                     "shift": autoencoder.shift,
                     "latent_shape": (channels, *sides),
                     "posterior": autoencoder.is_stochastic,
+                    "flips": source.horizontal_flip,
                     "dtype": dtype,
                     "shard_size": shard_size,
                 }
@@ -108,17 +118,25 @@ class Encoding:
         )
 
     @property
-    def num_shards(self) -> int:
-        """Of the whole set."""
-        return -(-len(self.source) // self.shard_size)
+    def encoded_with(self) -> dict[str, Any]:
+        """What does not change the request, but perhaps the last bits of its result; nothing that tells where."""
+        return {
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "batch_size": self.batch_size,
+            **getattr(self.autoencoder, "rounding", {}),
+        }
 
     @property
     def num_bytes(self) -> int:
         """What the whole set takes, roughly."""
-        return len(self.source) * 2 * int(np.prod(self.row_shape)) * self.dtype.itemsize
+        values = self.images_per_row * int(np.prod(self.row_shape))
+        return len(self.source) * values * self.dtype.itemsize
 
     def open(self) -> bool:
         """Take the directory for all processes of the job; returns whether the set is complete already.
+
+        `num_done` is then, in the first process, how many images are in finished shards, bad ones included.
 
         RunDirectoryError if someone else writes to it, or if it holds anything but this very request.
         """
@@ -152,28 +170,29 @@ class Encoding:
                 f"to={path}: holds latents of another request ({'; '.join(found)}): choose another directory"
             )
         (path / SHARDS).mkdir(exist_ok=True)
+        finished = [shard for shard in range(len(self.shards)) if self.shards.record(shard)]
+        self.num_done = sum(len(self.shards.images(shard)) for shard in finished)
         return (path / MANIFEST).exists()
 
     def close(self) -> None:
         """Give the directory back."""
         self.directory.close()
 
-    def num_done(self) -> int:
-        """Images in finished shards, bad ones included."""
-        return sum(len(self._range(shard)) for shard in range(self.num_shards) if self._record(shard))
-
     def run(self, advance: Callable[[int], object] = lambda done: None) -> LatentSet:
         """Encode what is missing, and assemble the set when all processes have done their part.
 
         Args:
-            advance: called in the first process with the number of images that all have encoded since `open`.
+            advance: called in the first process with the number of images that all have encoded since `open`, less
+                those in finished shards that have to be encoded again.
         """
         self._advance = advance
-        mine = range(self.processes.rank, self.num_shards, self.processes.world_size)
-        records = {shard: self._record(shard) for shard in mine}
+        mine = range(self.processes.rank, len(self.shards), self.processes.world_size)
+        if not (self.path / MANIFEST).exists():
+            self._reopen_mended(mine)
+        records = {shard: self.shards.record(shard) for shard in mine}
         for record in records.values():
             if record is not None:
-                self._count_bad(record["bad"])
+                self._count_bad(record.bad)
         self._encode([shard for shard, record in records.items() if record is None])
         self.processes.barrier(self._poll)
         outcome: DataError | StorageError | None = None
@@ -187,6 +206,20 @@ class Encoding:
             raise outcome
         return LatentSet(self.path)
 
+    def _reopen_mended(self, shards: Sequence[int]) -> None:
+        """Have finished shards encoded again that an image was left out of which can be read by now."""
+        records = ((shard, self.shards.record(shard)) for shard in shards)
+        left_out = {entry.index: shard for shard, record in records if record for entry in record.bad}
+        batches = in_batches(list(left_out), self.batch_size)
+        mended: set[int] = set()
+        with self._read(batches, lambda bad: None) as read:
+            for images in read:
+                self._check_stop()
+                mended |= {left_out[index] for index in images.indices}
+        for shard in sorted(mended):
+            self.shards.reopen(shard)
+            self.processes.add("images", -len(self.shards.images(shard)))
+
     def _encode(self, shards: Sequence[int]) -> None:
         if not shards:
             return
@@ -197,24 +230,34 @@ class Encoding:
         try:
             bad: list[BadImage] = []
             batches = [indices for shard in shards for indices in self._batches(shard)]
-            with contextlib.closing(read_images(self.source, batches, self.num_workers, bad.extend)) as read:
+            with self._read(batches, bad.extend) as read:
                 for shard in shards:
                     self._encode_shard(shard, read, bad)
                     bad.clear()
         finally:
             torch.set_num_threads(num_threads)
 
+    def _read(
+        self, batches: Sequence[Sequence[int]], tell: Callable[[list[BadImage]], object]
+    ) -> AbstractContextManager[Iterator[Images]]:
+        images = read_images(self.source, batches, self.num_workers, tell, poll=self._check_stop)
+        return contextlib.closing(images)
+
     def _encode_shard(self, shard: int, read: Iterator[Images], met: list[BadImage]) -> None:
         """Encode what is read next; `met` are the bad images of this shard among what has been read."""
         labels: list[int] = []
-        bad: list[dict[str, str]] = []
+        bad: list[BadEntry] = []
         total = total_of_squares = 0.0
-        with atomic_file(self._moments_path(shard)) as file:
-            file.write(self._header(self.shard_size))  # of its final length
+        with atomic_file(self.shards.moments_path(shard)) as file:
+            file.write(self._header(self.shards.shard_size))  # of its final length
             for indices in self._batches(shard):
                 self._check_stop()
                 batch = next(read)
-                new = [{"file": error.name, "reason": error.reason} for error in met[len(bad) :]]
+                left_out = [index for index in indices if index not in batch.indices]
+                new = [
+                    BadEntry(index, error.name, error.reason)
+                    for index, error in zip(left_out, met[len(bad) :], strict=True)
+                ]
                 bad += new
                 self._count_bad(new, bad)
                 if batch.indices:
@@ -230,35 +273,35 @@ class Encoding:
             file.write(self._header(len(labels)))
             file.seek(0)
             sha256 = hash_stream(file)
-        sync_directory(self.path / SHARDS)  # so that the record cannot outlive what it tells of
-        whole = self._range(shard)
-        record = {
-            "range": [whole.start, whole.stop],
-            "count": len(labels),
-            "size": size,
-            "sha256": sha256,
-            "sum": total,
-            "sum_of_squares": total_of_squares,
-            "labels": labels,
-            "bad": bad,
-        }
-        write_atomically(self._record_path(shard), json.dumps(record, allow_nan=False).encode())
+        record = ShardRecord(
+            count=len(labels),
+            size=size,
+            sha256=sha256,
+            sum=total,
+            sum_of_squares=total_of_squares,
+            labels=labels,
+            bad=bad,
+            process=self.processes.rank,
+            encoded_with=self.encoded_with,
+        )
+        self.shards.finish(shard, record)
 
     def _header(self, count: int) -> bytes:
         stream = io.BytesIO()
         description = {
             "descr": np.lib.format.dtype_to_descr(self.dtype),
             "fortran_order": False,
-            "shape": (count, 2, *self.row_shape),
+            "shape": (count, self.images_per_row, *self.row_shape),
         }
         np.lib.format.write_array_header_1_0(stream, description)  # leaves room for a longer count
         return stream.getvalue()
 
     @torch.no_grad()
     def _moments(self, batch: Images) -> np.ndarray:
-        """(n, 2, K, h, w) as they are stored. DataError names the first image whose are not finite."""
+        """(n, 1 or 2, K, h, w) as they are stored. DataError names the first image whose are not finite."""
         images = batch.images.to(self.device)
-        passes = [self.autoencoder.encode(pixels).float().cpu() for pixels in (images, images.flip(-1))]
+        mirrored = (images, images.flip(-1))[: self.images_per_row]
+        passes = [self.autoencoder.encode(pixels).float().cpu() for pixels in mirrored]
         moments = torch.stack(passes, dim=1)
         channels = self.row_shape[0]
         assert moments.shape[2:] == self.row_shape or not self.autoencoder.is_stochastic
@@ -290,20 +333,20 @@ class Encoding:
         return float(mean.sum()), float(squares.sum())
 
     def _assemble(self) -> None:
-        found = [self._record(shard) for shard in range(self.num_shards)]
-        records = [record for record in found if record is not None]
-        assert len(records) == self.num_shards
-        labels = np.array([label for record in records for label in record["labels"]], np.dtype("<i8"))
-        bad = [entry for record in records for entry in record["bad"]]
+        records = list(self.shards.finished())
+        assert len(records) == len(self.shards)
+        labels = np.array([label for record in records for label in record.labels], np.dtype("<i8"))
+        bad = [entry for record in records for entry in record.bad]
         if not len(labels):
             raise DataError(f"none of the {len(self.source):,} images can be read: see {self.path / BAD_FILES}")
         self._write_bad_files(bad)
         content = io.BytesIO()
         np.lib.format.write_array(content, labels, version=(1, 0))
         write_atomically(self.path / LABELS, content.getvalue())
-        values = len(labels) * 2 * int(np.prod(self.request["latent_shape"]))
-        mean = sum(record["sum"] for record in records) / values
-        variance = sum(record["sum_of_squares"] for record in records) / values - mean**2
+        values = len(labels) * self.images_per_row * int(np.prod(self.request["latent_shape"]))
+        mean = sum(record.sum for record in records) / values
+        variance = sum(record.sum_of_squares for record in records) / values - mean**2
+        ways = [record.encoded_with for record in records]
         manifest = {
             "format_version": FORMAT_VERSION,
             **self.request,
@@ -311,35 +354,18 @@ class Encoding:
             "num_bad_files": len(bad),
             "num_classes": self.source.num_classes,
             "class_names": list(self.source.class_names),
+            "encoded_with": [one for place, one in enumerate(ways) if one not in ways[:place]],
             "spread": {"mean": mean, "std": max(variance, 0.0) ** 0.5},
             "labels": {"size": len(content.getvalue()), "sha256": hashlib.sha256(content.getvalue()).hexdigest()},
-            "shards": [{key: record[key] for key in ("count", "size", "sha256")} for record in records],
+            "shards": [{"count": one.count, "size": one.size, "sha256": one.sha256} for one in records],
         }
         write_json(self.path / MANIFEST, manifest)
         sync_directory(self.path)
 
     def _batches(self, shard: int) -> list[Sequence[int]]:
-        return in_batches(self._range(shard), self.batch_size)
+        return in_batches(self.shards.images(shard), self.batch_size)
 
-    def _range(self, shard: int) -> range:
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.source)))
-
-    def _moments_path(self, shard: int) -> Path:
-        return self.path / shard_name(shard)
-
-    def _record_path(self, shard: int) -> Path:
-        return self._moments_path(shard).with_suffix(".json")
-
-    def _record(self, shard: int) -> dict[str, Any] | None:
-        """What is known of a finished shard; None if it has to be encoded."""
-        try:
-            record = json.loads(self._record_path(shard).read_bytes())
-            is_whole = self._moments_path(shard).stat().st_size == record["size"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return record if is_whole else None
-
-    def _count_bad(self, new: Sequence[Any], unpublished: Sequence[Mapping[str, str]] = ()) -> None:
+    def _count_bad(self, new: Sequence[BadEntry], unpublished: Sequence[BadEntry] = ()) -> None:
         """Stop as soon as it is certain that too many images are bad. The first process to see it lists them."""
         if not new:
             return
@@ -347,24 +373,22 @@ class Encoding:
         if count / total <= limit:
             return
         if self.processes.add("stopped", 1) == 1:
-            records = map(self._record, range(self.num_shards))
-            finished = [entry for record in records if record for entry in record["bad"]]
+            finished = [entry for record in self.shards.finished() for entry in record.bad]
             self._write_bad_files([*finished, *unpublished])
         raise DataError(
             f"{count:,} of {total:,} images cannot be read so far, more than data.max_bad_fraction={limit:g} "
-            f"allows: {self.path / BAD_FILES} lists them: repair or remove them, or raise it; finished shards "
-            "are kept"
+            f"allows: mend those in {self.path / BAD_FILES} and run it again, or raise data.max_bad_fraction; "
+            "to remove them makes another data set, for another to="
         )
 
-    def _write_bad_files(self, bad: Sequence[Mapping[str, str]]) -> None:
-        lines = [json.dumps(entry) + "\n" for entry in bad]
-        write_atomically(self.path / BAD_FILES, "".join(lines).encode())
+    def _write_bad_files(self, bad: Sequence[BadEntry]) -> None:
+        write_atomically(self.path / BAD_FILES, listing({entry.file: entry.reason for entry in bad}))
 
     def _check_stop(self) -> None:
         if self.stop():
-            finished = sum(self._record(shard) is not None for shard in range(self.num_shards))
+            finished = sum(1 for _ in self.shards.finished())
             raise Preempted(
-                f"stopped by signal with {finished:,} of {self.num_shards:,} shards finished: run it again"
+                f"stopped by signal with {finished:,} of {len(self.shards):,} shards finished: run it again"
             )
 
     def _show(self) -> None:

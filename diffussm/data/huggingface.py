@@ -51,21 +51,15 @@ class HuggingFace(Photographs):
         return self._class_names
 
     @cached_property
-    def fingerprint(self) -> Mapping[str, Any]:
+    def identity(self) -> Mapping[str, Any]:
         """The labels, and how long every encoded image is."""
         import pyarrow.compute
 
         column = self._column(self.image_column)
         lengths = pyarrow.compute.binary_length(pyarrow.compute.struct_field(column, "bytes"))
         content = lengths.fill_null(-1).to_numpy().astype("<i8").tobytes() + self._labels.astype("<i8").tobytes()
-        return {
-            "source": "huggingface",
-            "split": self.split,
-            "lengths_sha256": hashlib.sha256(content).hexdigest(),
-            "num_images": len(self),
-            "num_classes": self.num_classes,
-            "image_shape": list(self.image_shape),
-        }
+        sha256 = hashlib.sha256(content).hexdigest()
+        return {"source": "huggingface", "split": self.split, "lengths_sha256": sha256}
 
     def name_of(self, index: int) -> str:
         """The number of its row."""
@@ -74,9 +68,12 @@ class HuggingFace(Photographs):
     def content(self, index: int) -> bytes | Path:
         """What the row holds, or the file that it names."""
         image = self._encoded[range(len(self))[index]][self.image_column]
-        if image is None:
+        content, path = (image["bytes"], image["path"]) if image else (None, None)
+        if content is not None:
+            return content
+        if path is None:
             raise BadImage(self.name_of(index), "no image in this row")
-        return image["bytes"] or Path(image["path"])
+        return Path(path)
 
     def label(self, index: int) -> int:
         """The row's."""

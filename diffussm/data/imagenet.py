@@ -38,9 +38,9 @@ class ImageNet(ImageFolder):
             _check(self.root, split, self.class_names, len(self))
 
     @property
-    def fingerprint(self) -> Mapping[str, Any]:
+    def identity(self) -> Mapping[str, Any]:
         """The files by name."""
-        return {**super().fingerprint, "source": "imagenet", "split": self.split}
+        return {**super().identity, "source": "imagenet", "split": self.split}
 
 
 def _check(root: Path, split: str, names: Collection[str], num_images: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from diffussm.data.decode import PREPROCESSING, center_crop, decode
+from diffussm.data.decode import CROP, PREPROCESSING, center_crop, decode
 from diffussm.data.packed import PackedStrings
 from diffussm.runtime.errors import ConfigError, DataError
 from diffussm.runtime.seeding import make_generator
@@ -84,8 +84,19 @@ class Photographs(ABC):
 
     @property
     @abstractmethod
-    def fingerprint(self) -> Mapping[str, Any]:
-        """What identifies this data to a checkpoint, wherever it lies."""
+    def identity(self) -> Mapping[str, Any]:
+        """What tells the stored images from others, wherever they lie; `source` is their kind."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies this data to a checkpoint: the stored images, and what is made of them."""
+        return {
+            **self.identity,
+            "num_images": len(self),
+            "num_classes": self.num_classes,
+            "image_shape": list(self.image_shape),
+            "crop": CROP,
+        }
 
     @abstractmethod
     def name_of(self, index: int) -> str:
@@ -161,15 +172,9 @@ class ImageFolder(Photographs):
         return self._class_names
 
     @property
-    def fingerprint(self) -> Mapping[str, Any]:
+    def identity(self) -> Mapping[str, Any]:
         """The files by name."""
-        return {
-            "source": "image_folder",
-            "names_sha256": self._names_sha256,
-            "num_images": len(self),
-            "num_classes": self.num_classes,
-            "image_shape": list(self.image_shape),
-        }
+        return {"source": "image_folder", "names_sha256": self._names_sha256}
 
     @cached_property
     def _names_sha256(self) -> str:

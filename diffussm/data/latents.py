@@ -1,10 +1,11 @@
-"""Latents of a whole data set, encoded once: moments of the posterior of both mirror images, and their reader.
+"""Latents of a whole data set, encoded once: moments of the posterior, of mirror images too, and their reader.
 
-    manifest.json    everything below with its SHA-256, the autoencoder, the source, the request; written last
+    manifest.json    everything below with its SHA-256, the autoencoder, the source, the request, and in
+                     "encoded_with" all versions, devices and batch sizes that shards came from; written last
     labels.npy       int64 (N,); -1 where there is no label
     bad_files.jsonl  {"file": name, "reason": text} of every image that could not be read
-    shards/000000.npy  float16 or float32 (n, 2, K, h, w): image and mirror image; K = 2c channels, mean and then
-                       log-variance, or K = c of an autoencoder that has no posterior
+    shards/000000.npy  float16 or float32 (n, 2, K, h, w): image and mirror image (n, 1, K, h, w without); K = 2c
+                       channels, mean and then log-variance, or K = c of an autoencoder without posterior
     shards/000000.json request.json    what `encoding` needs to continue
 
 Rows are the images that could be read, in the order of the source.
@@ -36,6 +37,10 @@ DTYPES: dict[str, np.dtype] = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4")}
 SPREAD_ROWS = 256
 SPREAD_RANGE = (0.2, 5.0)
 SPREAD_TOLERANCE = 0.25  # relative; that of SPREAD_ROWS images may differ so much from that of all
+_CHOICES = {  # by the kind of autoencoder that the manifest tells of
+    "KLAutoencoder": "add autoencoder=kl autoencoder.pretrained=DIR, or a preset such as sd_vae_ft_ema",
+    "DCAutoencoder": "add autoencoder=dc_ae, and autoencoder.pretrained=DIR where it is elsewhere",
+}
 _AGAIN = "delete it and manifest.json, and run the same `diffussm encode` again, which redoes what is missing"
 
 
@@ -46,15 +51,22 @@ class LatentSet:
 
     Args:
         path: the directory.
-        horizontal_flip: use the mirror images too.
+        horizontal_flip: use the mirror images too; None: if the set holds any.
         verify: check the SHA-256 of every shard; otherwise only their sizes are looked at.
     """
 
     max_bad_fraction = 0.0
 
-    def __init__(self, path: str | Path, horizontal_flip: bool = True, verify: bool = False) -> None:
-        self.path, self.horizontal_flip = Path(path).expanduser(), horizontal_flip
+    def __init__(self, path: str | Path, horizontal_flip: bool | None = None, verify: bool = False) -> None:
+        self.path = Path(path).expanduser()
         self.manifest, self._manifest_sha256 = _read_manifest(self.path)
+        self.images_per_row = 2 if _has_flips(self.manifest) else 1
+        if horizontal_flip and self.images_per_row == 1:
+            raise ValueError(
+                f"horizontal_flip=true: {self.path} holds no mirror images: set it to null, or encode again, with "
+                "data.horizontal_flip=true and another to="
+            )
+        self.horizontal_flip = self.images_per_row == 2 if horizontal_flip is None else horizontal_flip
         for name, entry in self._files():
             _check_file(self.path / name, entry, verify or name == LABELS)
         self._starts = np.cumsum([0, *(shard["count"] for shard in self.manifest["shards"])])
@@ -98,6 +110,11 @@ class LatentSet:
         return channels, height, width
 
     @property
+    def has_posterior(self) -> bool:
+        """Whether `latents` takes noise to sample with."""
+        return self.manifest["posterior"]
+
+    @property
     def scale(self) -> float:
         """What latents are multiplied by."""
         return self.manifest["scale"]
@@ -137,11 +154,12 @@ class LatentSet:
         places = list(zip(shards.tolist(), rows.tolist(), flips.int().tolist(), strict=True))
         moments = np.empty((len(places), *self._row_shape), self._dtype)
         size = moments.nbytes // max(len(places), 1)
+        assert self.images_per_row == 2 or not flips.any(), "there are no mirror images"
         for shard, row, flip in places:  # so that they are read all at once, and not one after the other
-            self._shard(shard).expect((2 * row + flip) * size, size)
+            self._shard(shard).expect((self.images_per_row * row + flip) * size, size)
         for position, (shard, row, flip) in enumerate(places):
             moments[position] = self._shard(shard).array[row, flip]
-        if not self.manifest["posterior"]:
+        if not self.has_posterior:
             return (torch.from_numpy(moments).float() - self.shift) * self.scale
         return sample_posterior(torch.from_numpy(moments), noise, self.scale, self.shift)
 
@@ -153,10 +171,17 @@ class LatentSet:
 
     def check_autoencoder(self, fingerprint: Mapping[str, Any]) -> None:
         """Refuse, naming both sides, an autoencoder that is not the one these latents come from."""
-        if found := differences(self.manifest["autoencoder"], fingerprint):
+        theirs = self.manifest["autoencoder"]
+        if theirs.get("kind") != fingerprint.get("kind"):
+            found = differences({"kind": theirs.get("kind")}, {"kind": fingerprint.get("kind")})
+            choice = _CHOICES.get(str(theirs.get("kind")), "choose that autoencoder=")
+        else:
+            found = differences(theirs, fingerprint)
+            choice = "choose the one that encoded them"
+        if found:
             raise DataError(
-                f"data.path={self.path}: latents of another autoencoder ({'; '.join(found)}): choose the one that "
-                "encoded them, or encode the images again"
+                f"data.path={self.path}: latents of another autoencoder ({'; '.join(found)}): {choice}, or encode "
+                "the images again"
             )
 
     def check_spread(self) -> float:
@@ -166,7 +191,7 @@ class LatentSet:
         """
         generator = make_generator(0, "spread")
         chosen = torch.randperm(len(self), generator=generator)[:SPREAD_ROWS].sort().values
-        flips = torch.rand(len(chosen), generator=generator) < 0.5
+        flips = (torch.rand(len(chosen), generator=generator) < 0.5) & (self.images_per_row == 2)
         noise = torch.randn(len(chosen), *self.latent_shape, generator=generator)
         found, written = self.latents(chosen, flips, noise).double().std().item(), self.manifest["spread"]["std"]
         low, high = SPREAD_RANGE
@@ -186,7 +211,7 @@ class LatentSet:
     @property
     def _row_shape(self) -> tuple[int, int, int]:
         channels, height, width = self.latent_shape
-        return (2 if self.manifest["posterior"] else 1) * channels, height, width
+        return (2 if self.has_posterior else 1) * channels, height, width
 
     def _locate(self, indices: Sequence[int] | Tensor) -> tuple[np.ndarray, np.ndarray]:
         """(shard, row in it) of every image."""
@@ -202,7 +227,8 @@ class LatentSet:
 
     def _map_shard(self, shard: int) -> "_MappedArray":
         count = self.manifest["shards"][shard]["count"]
-        return _MappedArray(self.path / shard_name(shard), (count, 2, *self._row_shape), self._dtype)
+        shape = (count, self.images_per_row, *self._row_shape)
+        return _MappedArray(self.path / shard_name(shard), shape, self._dtype)
 
     def _files(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for number, shard in enumerate(self.manifest["shards"]):
@@ -286,11 +312,16 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
         and all(isinstance(manifest[name], Mapping) for name in ("autoencoder", "source"))
         and manifest["dtype"] in DTYPES
         and isinstance(manifest["posterior"], bool)
+        and isinstance(_has_flips(manifest), bool)
         and isinstance(manifest["num_classes"], int | None)
         and isinstance(manifest["class_names"], list)
     )
     if not whole:
         raise ValueError("not what `diffussm encode` writes")
+
+
+def _has_flips(manifest: Mapping[str, Any]) -> bool:
+    return manifest.get("flips", True)  # which the first sets had without saying so
 
 
 def _check_file(path: Path, entry: Mapping[str, Any], verify: bool) -> None:

@@ -43,8 +43,10 @@ class LatentSource(Source, Protocol):
     @property
     def latent_shape(self) -> tuple[int, int, int]: ...
     @property
+    def has_posterior(self) -> bool: ...
+    @property
     def manifest(self) -> Mapping[str, Any]: ...
-    def latents(self, indices: Int[Tensor, "B"], flips: Bool[Tensor, "B"], noise: Tensor) -> Tensor: ...
+    def latents(self, indices: Int[Tensor, "B"], flips: Bool[Tensor, "B"], noise: Tensor | None) -> Tensor: ...
     def labels(self, indices: Int[Tensor, "B"]) -> Tensor: ...
     def check_autoencoder(self, fingerprint: Mapping[str, Any]) -> None: ...
     def check_spread(self) -> float: ...
@@ -71,6 +73,7 @@ class BatchLoader:
         noise_shape: (c, h, w) of the latents of a stochastic autoencoder that images have to go through.
         bad_files: where images that cannot be read are listed; by default in memory.
         warn: is told of such images, and of workers that had to be replaced.
+        poll: called now and then while workers are waited for; what it raises ends the batches.
     """
 
     def __init__(
@@ -85,13 +88,14 @@ class BatchLoader:
         noise_shape: tuple[int, int, int] | None = None,
         bad_files: Path | None = None,
         warn: Callable[[str], None] = note,
+        poll: Callable[[], object] = lambda: None,
     ) -> None:
         if with_labels and source.num_classes is None:
             raise ConfigError("the data has no class labels: set model.num_classes=null")
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.with_labels, self.num_workers, self.pin_memory = with_labels, num_workers, pin_memory
         self.samples = range(batch_size) if samples is None else samples
-        self.noise_shape, self.bad_files, self.warn = noise_shape, bad_files, warn
+        self.noise_shape, self.bad_files, self.warn, self.poll = noise_shape, bad_files, warn, poll
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -119,7 +123,7 @@ class BatchLoader:
             return batch.each(keep)
 
         with Workers(
-            reader.fill, lambda: reader.empty(shared_empty), self.num_workers, step, self.warn
+            reader.fill, lambda: reader.empty(shared_empty), self.num_workers, step, self.warn, self.poll
         ) as workers:
             while True:
                 yield workers.take(read)
@@ -150,7 +154,8 @@ class _Reader:
         indices, flips = self._indices(step), self._flips(step)
         source = self.source
         if is_latent_set(source):
-            noise = self._draw_noise(step, batch.images.shape[1:])
+            shape = batch.images.shape[1:]
+            noise = self._draw_noise(step, shape) if source.has_posterior else None
             batch.images.copy_(source.latents(indices, flips, noise))
             if batch.labels is not None:
                 batch.labels.copy_(source.labels(indices))

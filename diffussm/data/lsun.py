@@ -60,21 +60,14 @@ class Lsun(Photographs):
         return np.array(list(accumulate(map(len, self._keys))))
 
     @cached_property
-    def fingerprint(self) -> Mapping[str, Any]:
+    def identity(self) -> Mapping[str, Any]:
         """The categories and their keys."""
         keys = hashlib.sha256()
         for category, packed in zip(self.categories, self._keys, strict=True):
             keys.update(f"{category} {len(packed)}\n".encode())
             for index in range(len(packed)):
                 keys.update(packed[index] + b"\n")
-        return {
-            "source": "lsun",
-            "categories": self.categories,
-            "keys_sha256": keys.hexdigest(),
-            "num_images": len(self),
-            "num_classes": self.num_classes,
-            "image_shape": list(self.image_shape),
-        }
+        return {"source": "lsun", "categories": self.categories, "keys_sha256": keys.hexdigest()}
 
     def name_of(self, index: int) -> str:
         """Category and key."""

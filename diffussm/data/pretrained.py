@@ -18,8 +18,10 @@ from diffussm.runtime.errors import DataError, note
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 PICKLE_FILE = "diffusion_pytorch_model.bin"
+NO_ARCHITECTURE = ("scaling_factor", "shift_factor", "force_upcast", "sample_size")  # in config.json
 FILES = f"{CONFIG_FILE} and {WEIGHTS_FILE}"
 HUB_TIMEOUT_SECONDS = 5
+USUAL_SUBFOLDER = "vae"  # of pipelines: presets name it, and a copy of what is in it need not have it
 
 
 class Pretrained:
@@ -28,7 +30,7 @@ class Pretrained:
     Args:
         key: the configuration's name for `where`, for messages.
         where: a directory, or a repository of the hub, owner/name.
-        subfolder: of the directory or repository; None: a directory's own files, or those in its vae/.
+        subfolder: of the directory or repository; in a directory, None and vae stand for itself or its vae/.
         revision: of the repository; None: the newest, or whichever is cached.
         class_name: the class of diffusers that config.json must name.
     """
@@ -71,18 +73,39 @@ class Pretrained:
         status = self.weights.stat()
         return _sha256(self.weights, status.st_size, status.st_mtime_ns)
 
+    @property
+    def architecture_sha256(self) -> str:
+        """Of what config.json says of the network, which the same weights may be run through otherwise."""
+        told = {
+            key: value
+            for key, value in self.config.items()
+            if not key.startswith("_") and key not in NO_ARCHITECTURE
+        }
+        canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
     @cached_property
     def _config_file(self) -> Path:
         """In a directory, at the first place whose config.json names the class."""
         if not self.where.is_dir():
             return self._fetch(CONFIG_FILE, self.revision)
-        places = [self.where / self.subfolder] if self.subfolder else []
-        places += [self.where, self.where / "vae"]
+        if self.subfolder not in (None, USUAL_SUBFOLDER):
+            return self._config_file_in(self.where / str(self.subfolder))
+        places = [self.where, self.where / USUAL_SUBFOLDER]
+        if self.subfolder is not None:
+            places.reverse()
         found = [place / CONFIG_FILE for place in places if (place / CONFIG_FILE).is_file()]
         if not found:
-            inside = self.subfolder or "vae"
-            raise DataError(f"{self._said}: no {CONFIG_FILE} there or in {inside}/: put {FILES} there")
+            raise DataError(f"{self._said}: no {CONFIG_FILE} there or in {USUAL_SUBFOLDER}/: put {FILES} there")
         return next((file for file in found if self._names_class(file)), found[0])
+
+    def _config_file_in(self, place: Path) -> Path:
+        if (place / CONFIG_FILE).is_file():
+            return place / CONFIG_FILE
+        setting = f"{self.key.rpartition('.')[0]}.subfolder={self.subfolder}"
+        others = [one for one in (self.where, self.where / USUAL_SUBFOLDER) if (one / CONFIG_FILE).is_file()]
+        remedy = f"set it to null for that of {others[0]}" if others else f"put {FILES} there"
+        raise DataError(f"{setting}: no {CONFIG_FILE} in {place}: {remedy}")
 
     def _names_class(self, file: Path) -> bool:
         try:

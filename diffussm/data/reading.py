@@ -26,6 +26,7 @@ def read_images(
     num_workers: int,
     tell: Callable[[list[BadImage]], object],
     warn: Callable[[str], None] = note,
+    poll: Callable[[], object] = lambda: None,
 ) -> Generator[Images, None, None]:
     """The images of these indices in their order, batch by batch, but for those that are bad.
 
@@ -34,6 +35,7 @@ def read_images(
         num_workers: processes that read and decode; 0 reads in this one.
         tell: is told of the images that cannot be read, such as `BadFiles.add`.
         warn: is told of workers that had to be replaced.
+        poll: called now and then while workers are waited for; what it raises ends the reading.
     """
     size = max(map(len, batches), default=0)
     if size == 0:
@@ -68,7 +70,7 @@ def read_images(
         for step in range(len(batches)):
             yield read(slot, fill(step, slot))
         return
-    with Workers(fill, lambda: empty(shared_empty), num_workers, 0, warn) as workers:
+    with Workers(fill, lambda: empty(shared_empty), num_workers, 0, warn, poll) as workers:
         for _ in batches:
             yield workers.take(read)
 

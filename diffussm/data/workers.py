@@ -25,6 +25,7 @@ from diffussm.runtime.errors import DataError, OutOfMemoryError, UserError
 SLOTS = 2  # of each worker: one to fill while the other is read
 MAX_DEATHS = 5  # of one worker and its successors before the same step
 PARENT_CHECK_SECONDS = 5.0
+POLL_SECONDS = 1.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 # A thread pool does not survive the fork, but locks that its threads held do: workers use one thread each.
@@ -42,6 +43,7 @@ class Workers(Generic[Slot]):
         fill: writes the result into the slot; what it returns is pickled. Its UserErrors reappear in `take`.
         make_slot: a slot of tensors in shared memory, such as `shared_empty` makes.
         warn: is told of each process that had to be replaced.
+        poll: called every POLL_SECONDS while `take` waits, which it ends by raising.
     """
 
     def __init__(
@@ -51,13 +53,14 @@ class Workers(Generic[Slot]):
         num_workers: int,
         first: int,
         warn: Callable[[str], None],
+        poll: Callable[[], object] = lambda: None,
     ) -> None:
         self._next = first
         self._workers: list[_Worker[Slot]] = []
         atexit.register(self.close)  # ahead of multiprocessing's own, which asks politely and waits for ever
         try:
             for _ in range(num_workers):
-                self._workers.append(_Worker(fill, [make_slot() for _ in range(SLOTS)], warn))
+                self._workers.append(_Worker(fill, [make_slot() for _ in range(SLOTS)], warn, poll))
         except BaseException:
             self.close()
             raise
@@ -92,9 +95,13 @@ class _Worker(Generic[Slot]):
     """One process after the other, with the work they have in hand."""
 
     def __init__(
-        self, fill: Callable[[int, Slot], Any], slots: Sequence[Slot], warn: Callable[[str], None]
+        self,
+        fill: Callable[[int, Slot], Any],
+        slots: Sequence[Slot],
+        warn: Callable[[str], None],
+        poll: Callable[[], object],
     ) -> None:
-        self.fill, self.slots, self.warn = fill, slots, warn
+        self.fill, self.slots, self.warn, self.poll = fill, slots, warn, poll
         self._in_hand: deque[tuple[int, int]] = deque()  # step and slot, oldest first
         self._free = deque(range(len(slots)))
         self._deaths = 0  # since something was received
@@ -126,6 +133,9 @@ class _Worker(Generic[Slot]):
     def receive(self) -> tuple[Slot, Any]:
         """The oldest step in hand; its slot stays as it is until the next `submit`."""
         while True:
+            # Storage that does not answer holds a worker for ever, and who waits for it would hear no signal.
+            while not self._connection.poll(POLL_SECONDS):
+                self.poll()
             try:
                 result = self._connection.recv()
                 break

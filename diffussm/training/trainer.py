@@ -10,7 +10,7 @@ model, objective and batches by protocol only.
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +196,11 @@ class Trainer:
             with contextlib.closing(self.batches.starting_at(self.step)) as batches, naming_compile_failures():
                 first_step = self.step
                 while self.images < self.total_images:
-                    batch = next(batches)
+                    try:
+                        batch = next(batches)
+                    except Interrupted:
+                        self.is_stopping = True
+                        self.stop_here(progress.say)
                     if self.step == first_step:
                         self.warm_up(batch)
                     self.run_step(batch)
@@ -336,14 +340,17 @@ class Trainer:
             self.catch_up()
         if self.ema_snapshot_every_images and self._due(self.ema_snapshot_every_images):
             self.processes.on_first(lambda: self._save_snapshot(say))
+        if self.is_stopping and not ended:
+            self.stop_here(say)
         if saving:
             self.save(say)
-        if self.is_stopping and not ended:
-            if not saving:
-                self.save(say)
-            raise self.processes.told_by_first(
-                Preempted(f"stopped by signal at {self.images:,} images with a full checkpoint: run it again")
-            )
+
+    def stop_here(self, say: Callable[[str], None]) -> NoReturn:
+        """Save and end."""
+        self.save(say)
+        raise self.processes.told_by_first(
+            Preempted(f"stopped by signal at {self.images:,} images with a full checkpoint: run it again")
+        )
 
     def catch_up(self) -> None:
         """Do what is pending, as far as it goes before a stop."""

@@ -14,14 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from data.stand_ins import crop_photographs, damage
+from data.stand_ins import PatchProjection, crop_photographs, damage
 
 from diffussm.cli import main
+from diffussm.commands.encode import _summarize
+from diffussm.data import images
+from diffussm.data.encoding import Encoding
+from diffussm.data.fake import Fake
 from diffussm.data.latents import LatentSet
+from diffussm.runtime.distributed import Processes
 
 TESTS = Path(__file__).resolve().parents[1]
 GROUPS = {
-    "autoencoder/patches": "_target_: data.stand_ins.PatchProjection\nscale: 2.0\ndelay: 0.0\n",
+    "autoencoder/patches": "_target_: data.stand_ins.PatchProjection\nscale: 2.0\ndelay: 0.0\ntile: null\n",
+    "data/unanswered": "_target_: data.stand_ins.Unanswered\npath: ???\nresolution: 32\nfirst: 9\n"
+    "max_bad_fraction: 0.1\n",
 }
 OPTIONS = ("autoencoder=patches", "device=cpu", "batch_size=3", "shard_size=4", "num_workers=1")
 
@@ -102,7 +109,19 @@ def test_two_processes_encode_the_same_set_byte_for_byte(folder, whole, tmp_path
     assert process.returncode == 0, said
     assert "processes    2" in said and out.count("37 images as latents") == 1
     assert manifest_hash(tmp_path / "set") == manifest_hash(whole)
+    records = (json.loads(path.read_text()) for path in (tmp_path / "set/shards").glob("*.json"))
+    assert [record["process"] for record in records].count(1) == 5
     assert (tmp_path / "set/bad_files.jsonl").read_text() == (whole / "bad_files.jsonl").read_text()
+
+
+def test_processes_without_a_shard_are_told_of(tmp_path, capsys):
+    for world_size, said in ((3, ""), (5, "diffussm: 2 processes have nothing to do: lower shard_size=4\n")):
+        processes = Processes(0, world_size)
+        encoding = Encoding(Fake(10, resolution=8), PatchProjection(), tmp_path, shard_size=4, processes=processes)
+        _summarize(encoding, 0)
+        shown = capsys.readouterr().err
+        assert f"processes    {world_size}, the first on cpu, with one thread each" in shown
+        assert shown.endswith(said) and ("nothing to do" in shown) == bool(said)
 
 
 def test_two_processes_report_too_many_bad_images_and_end(folder, tmp_path):
@@ -142,6 +161,16 @@ def test_sigterm_ends_it_at_once_and_it_continues(folder, whole, tmp_path):
     assert manifest_hash(tmp_path / "set") == manifest_hash(whole)
 
 
+def test_sigterm_is_heard_while_storage_does_not_answer(folder, tmp_path):
+    process = start(arguments(folder, tmp_path / "set", "data=unanswered"))
+    wait_for_shards(process, tmp_path / "set", 2)
+    readers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and "with 2 of 10 shards finished: run it again" in said
+    assert readers and not any(Path(f"/proc/{pid}").exists() for pid in readers)
+
+
 def test_a_killed_reader_is_replaced_and_the_set_is_the_same(folder, whole, tmp_path):
     process = start(arguments(folder, tmp_path / "set", "autoencoder.delay=0.2"))
     wait_for_shards(process, tmp_path / "set", 1)
@@ -160,11 +189,20 @@ def test_a_second_writer_is_refused(folder, whole, capsys):
     assert "another process is using it" in shown and shown.count("\n") == 1
 
 
+def test_images_that_are_decoded_otherwise_make_another_set(folder, whole, capsys, monkeypatch):
+    assert json.loads((whole / "manifest.json").read_text())["source"]["crop"] == images.CROP
+    monkeypatch.setattr(images, "CROP", "adm_center v2")
+    assert main(arguments(folder, whole)) == 73
+    assert "source.crop: adm_center v1 there, adm_center v2 here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
         ("autoencoder.scale=3", "scale: 2.0 there, 3.0 here"),
         ("data.resolution=24", "image_shape: [3, 32, 32] there, [3, 24, 24] here"),
+        ("data.horizontal_flip=false", "flips: True there, False here"),
+        ("autoencoder.tile=32", "encoding.tile: None there, 32 here"),
         ("dtype=fp32", "dtype: fp16 there, fp32 here"),
         ("shard_size=8", "shard_size: 4 there, 8 here"),
     ],

@@ -1,11 +1,13 @@
 """Diffusion of a frozen autoencoder's latents from end to end: train, sample, evaluate, export, import."""
 
 import hashlib
+import io
 import json
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RUN
@@ -55,6 +57,67 @@ def refused(capsys, arguments: list[str], code: int) -> str:
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1, said
     return said.err
+
+
+@pytest.fixture(scope="module")
+def encoded(place) -> Path:
+    """The pictures as a latent set of place/vae."""
+    data = ["data=image_folder", f"data.path={place / 'images'}", "data.resolution=32", "num_workers=0"]
+    arguments = ["encode", *data, "autoencoder=kl", f"autoencoder.pretrained={place / 'vae'}", "device=cpu"]
+    assert main([*arguments, f"to={place / 'encoded'}"]) == 0
+    return place / "encoded"
+
+
+def train_on(encoded: Path, place: Path, *overrides: str) -> list[str]:
+    """Arguments of a small run on a latent set, without a word of the autoencoder."""
+    kept = [one for one in train(place) if not one.startswith(("data", "autoencoder", "run_dir"))]
+    return [*kept, "data=latents", f"data.path={encoded}", "run_dir=run", *overrides]
+
+
+def copy_with(encoded: Path, to: Path, **changes) -> Path:
+    """A copy of a latent set whose manifest says something else."""
+    manifest = json.loads((encoded / "manifest.json").read_text())
+    shutil.copytree(encoded, to)
+    (to / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    return to
+
+
+def test_training_on_a_latent_set_wants_the_autoencoder_that_encoded_it(place, encoded, in_tmp, capsys):
+    kl = f"autoencoder.pretrained={place / 'vae'}"
+    dc = ["autoencoder=dc_ae", f"autoencoder.pretrained={make_tiny_dc(place / 'dc')}"]
+    dc += ["autoencoder.latent_channels=8", "autoencoder.factor=4"]
+    for given, name in (([], "identity"), (dc, "DCAutoencoder")):
+        said = refused(capsys, train_on(encoded, place, *given), 65)
+        assert f"another autoencoder (kind: KLAutoencoder there, {name} here): add autoencoder=kl" in said
+    other = ["autoencoder=kl", f"autoencoder.pretrained={place / 'other'}"]
+    assert "autoencoder (sha256: " in refused(capsys, train_on(encoded, place, *other), 65)
+    assert "model.in_channels=3: the data gives 4" in refused(
+        capsys, train_on(encoded, place, "autoencoder=kl", kl, "model.in_channels=3"), 2
+    )
+    assert list(in_tmp.iterdir()) == []
+    assert main(train_on(encoded, place, "autoencoder=kl", kl, "trainer.total_images=32")) == 0
+
+
+def test_a_latent_set_that_contradicts_itself_is_refused(place, encoded, in_tmp, capsys):
+    kl = ["autoencoder=kl", f"autoencoder.pretrained={place / 'vae'}"]
+    narrow = copy_with(encoded, place / "narrow", latent_shape=[4, 2, 8])
+    said = refused(capsys, train_on(narrow, place, *kl), 65)
+    assert "holds latents of (4, 2, 8), the autoencoder makes (4, 4, 4) of images of (3, 32, 32)" in said
+
+    def relabelled(name: str, label: int) -> Path:
+        labels = np.load(encoded / "labels.npy")
+        labels[5] = label
+        content = io.BytesIO()
+        np.save(content, labels)
+        entry = {"size": len(content.getvalue()), "sha256": hashlib.sha256(content.getvalue()).hexdigest()}
+        copy = copy_with(encoded, place / name, labels=entry)
+        (copy / "labels.npy").write_bytes(content.getvalue())
+        return copy
+
+    for name, label, span in (("high", 2, "0 to 2"), ("none", -1, "-1 to 1")):
+        said = refused(capsys, train_on(relabelled(name, label), place, *kl), 65)
+        assert f"its labels run from {span}, those of model.num_classes=2 from 0 to 1: encode" in said
+    assert list(in_tmp.iterdir()) == []
 
 
 def drawn(folder: Path) -> list[bytes]:
@@ -120,6 +183,7 @@ def test_what_latents_do_not_allow_is_refused(place, in_tmp, capsys):
     ("overrides", "code", "says"),
     [
         (["autoencoder.pretrained=no-where"], 65, "autoencoder.pretrained=no-where: no such directory: put"),
+        (["data.path=5"], 2, "data.path=5: must be text or a path"),
         (["data.resolution=36"], 2, "data.resolution=36: must be a multiple of 8, the autoencoder's factor"),
         (["model.in_channels=3"], 2, "model.in_channels=3: the data gives 4 channel(s)"),
         (["autoencoder.precision=fp8"], 2, "autoencoder.precision=fp8: must be one of fp32, bf16, fp16"),

@@ -80,7 +80,7 @@ class CoarseLatents:
 
     num_classes, class_names = 2, ["left", "right"]
     image_shape, latent_shape = (3, 16, 16), (3, 4, 4)
-    horizontal_flip, max_bad_fraction = True, 0.0
+    horizontal_flip, max_bad_fraction, has_posterior = True, 0.0, True
 
     def __init__(self, length: int = 20, spread: float = 0.9) -> None:
         self.length, self.spread = length, spread

@@ -8,6 +8,7 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
+from diffussm.data.images import ImageFolder
 from diffussm.data.latents import sample_posterior
 
 
@@ -15,8 +16,15 @@ class PatchProjection:
     """A fixed random linear projection of 8x8 patches to the mean and log-variance of `channels` channels."""
 
     def __init__(
-        self, seed: int = 0, scale: float = 2.0, channels: int = 4, posterior: bool = True, delay: float = 0.0
+        self,
+        seed: int = 0,
+        scale: float = 2.0,
+        channels: int = 4,
+        posterior: bool = True,
+        delay: float = 0.0,
+        tile: int | None = None,
     ) -> None:
+        self.encoding, self.rounding = {"precision": "fp32", "tile": tile}, {"autoencoder.batch_size": 8}
         self.scale, self.shift, self.channels, self.is_stochastic, self.delay = (
             scale, 0.1, channels, posterior, delay,
         )  # fmt: skip
@@ -43,6 +51,19 @@ class PatchProjection:
 
     def to_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         return sample_posterior(self.encode(images), noise, self.scale, self.shift)
+
+
+class Unanswered(ImageFolder):
+    """A folder on storage that does not answer from some image on."""
+
+    def __init__(self, path: str, resolution: int, max_bad_fraction: float, first: int) -> None:
+        super().__init__(path, resolution, max_bad_fraction=max_bad_fraction)
+        self.first = first
+
+    def content(self, index: int) -> Path:
+        while index >= self.first:
+            time.sleep(60)
+        return super().content(index)
 
 
 def crop_photographs(folder: Path, count: int, side: int = 40) -> None:

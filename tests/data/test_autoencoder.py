@@ -4,13 +4,14 @@ import json
 import shutil
 import threading
 
+import diffusers
 import pytest
 import torch
 from data.tiny_vae import make_tiny_dc, make_tiny_vae
 from diffusers import AutoencoderDC, AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from diffussm.data import pretrained
+from diffussm.data import pretrained, tf32
 from diffussm.data.autoencoder import DCAutoencoder, IdentityAutoencoder, KLAutoencoder
 from diffussm.data.pretrained import PICKLE_FILE, WEIGHTS_FILE
 from diffussm.runtime.errors import ConfigError, DataError, DivergedError
@@ -121,8 +122,23 @@ def test_other_precisions_are_used_when_asked_for(folder, tmp_path, capsys):
     assert not close(found, latents, 1e-4) and close(found, latents, 0.1)
     assert KLAutoencoder(folder, precision="fp16").network.dtype == torch.float16
     upcast = KLAutoencoder(make_tiny_vae(tmp_path, force_upcast=True), precision="fp16")
-    assert upcast.network.dtype == torch.float32
-    assert "autoencoder.precision=fp16" in capsys.readouterr().err
+    assert upcast.encoding["precision"] == "fp32" and upcast.network.dtype == torch.float32
+    assert capsys.readouterr().err.count("autoencoder.precision=fp16") == 1
+    assert rough.encoding == {"precision": "bf16", "tile": 1024}
+    assert rough.rounding == {"diffusers": diffusers.__version__, "autoencoder.batch_size": 8}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fp32_is_not_tf32(folder, precision):
+    def are_exact() -> list[bool]:
+        return [getattr(owner, name) == full for owner, name, full in tf32._settings()]
+
+    ours, before, seen = KLAutoencoder(folder, precision=precision), are_exact(), []
+    for part in (ours.network.encoder, ours.network.decoder):
+        part.register_forward_hook(lambda *_: seen.append(are_exact()))
+    ours.to_pixels(ours.to_latents(pictures()))
+    assert seen == [[True, True] if precision == "fp32" else before] * 2
+    assert are_exact() == before and before[0] is False
 
 
 def test_an_overflow_is_not_drawn(folder):
@@ -204,6 +220,25 @@ def test_fingerprints_tell_what_decides_latents_and_not_where_it_lies(folder, tm
     assert mine == KLAutoencoder(other).fingerprint != before
 
 
+def test_fingerprints_follow_the_architecture_and_an_exported_copy_keeps_them(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "vae")
+    config = tmp_path / "vae" / "config.json"
+    described = json.loads(config.read_text())
+    mine = KLAutoencoder(folder).fingerprint
+    config.write_text(json.dumps({**described, "act_fn": "relu"}))
+    other = KLAutoencoder(tmp_path / "vae").fingerprint
+    assert {key for key in mine if mine[key] != other[key]} == {"config_sha256"}
+    told = {"_name_or_path": "x", "_diffusers_version": "0", "sample_size": 9, "force_upcast": True}
+    config.write_text(json.dumps(dict(reversed({**described, **told}.items()))))
+    assert KLAutoencoder(tmp_path / "vae").fingerprint == mine
+
+    given = KLAutoencoder(tmp_path / "vae", scale=0.3, shift=-1.0)
+    (tmp_path / "copy").mkdir()
+    for name, content in given.written_out().items():
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert KLAutoencoder(tmp_path / "copy").fingerprint == given.fingerprint
+
+
 def test_a_folder_of_a_whole_pipeline_is_searched(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "vae")
     shutil.copytree(folder, tmp_path / "fine" / "tuned")
@@ -211,6 +246,12 @@ def test_a_folder_of_a_whole_pipeline_is_searched(folder, tmp_path):
     for subfolder in ("vae", None, "fine/tuned"):
         assert KLAutoencoder(tmp_path, subfolder=subfolder).fingerprint == KLAutoencoder(folder).fingerprint
     assert KLAutoencoder(tmp_path / "vae", subfolder="vae").scale == SCALE
+    with pytest.raises(
+        DataError, match=r"autoencoder\.subfolder=vea: no config\.json in .*/vea: set it to null for"
+    ):
+        KLAutoencoder(tmp_path, subfolder="vea").scale  # noqa: B018
+    with pytest.raises(DataError, match=r"autoencoder\.subfolder=fine: no config\.json in .*/fine: put"):
+        KLAutoencoder(tmp_path / "fine", subfolder="fine").scale  # noqa: B018
     with pytest.raises(DataError, match="of AutoencoderKL, not AutoencoderDC"):
         DCAutoencoder(folder).scale  # noqa: B018
 

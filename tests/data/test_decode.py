@@ -55,7 +55,21 @@ def test_headers_tell_the_size_of_the_upright_picture(orientation, tmp_path):
     assert read_header(content) == read_header(tmp_path / "file") == Header("JPEG", "L", *decode(content).size)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.filterwarnings("error")
+def test_warnings_are_not_for_those_who_read_a_million_images(monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    damaged = encoded(PHOTOGRAPH, "JPEG", exif=exif.tobytes()[:-9])
+    with pytest.raises(UserWarning, match="EXIF"):
+        Image.open(io.BytesIO(damaged)).getexif()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", PHOTOGRAPH.width * PHOTOGRAPH.height - 1)
+    with pytest.raises(Image.DecompressionBombWarning):
+        Image.open(io.BytesIO(encoded(PHOTOGRAPH, "PNG")))
+    for content in (damaged, encoded(PHOTOGRAPH, "PNG")):
+        assert read_header(content).width == decode(content).width
+
+
+@pytest.mark.filterwarnings("error")
 def test_nonsense_in_exif_does_not_cost_the_picture():
     for nonsense in (
         b"Exif\0\0",

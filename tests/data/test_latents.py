@@ -16,7 +16,9 @@ from torch import Tensor
 from diffussm.data.encoding import Encoding
 from diffussm.data.images import ImageFolder
 from diffussm.data.latents import LatentSet, sample_posterior
+from diffussm.data.loader import BatchLoader
 from diffussm.runtime.errors import DataError, RunDirectoryError, StorageError
+from diffussm.runtime.seeding import make_generator
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,53 @@ def test_the_manifest_tells_what_the_set_is(encoded, photographs):
     assert manifest["spread"]["mean"] == pytest.approx(x_0.mean())
     assert manifest["spread"]["std"] == pytest.approx((x_0.var() + (variance * 4).mean()) ** 0.5)
     assert encoded.check_spread() == pytest.approx(manifest["spread"]["std"], rel=0.1)
+
+
+class Counting(PatchProjection):
+    """Counts the images that it encodes."""
+
+    count = 0
+
+    def encode(self, images):
+        self.count += len(images)
+        return super().encode(images)
+
+
+def test_a_set_without_mirror_images_takes_half_the_space(photographs, encoded, tmp_path):
+    source = ImageFolder(photographs.root, 32, horizontal_flip=False, max_bad_fraction=0.1)
+    autoencoder = Counting()
+    plain = encode(source, autoencoder, tmp_path / "set")
+    assert autoencoder.count == 37 and plain.manifest["flips"] is False and encoded.manifest["flips"] is True
+    assert np.load(plain.path / "shards/000000.npy").shape == (7, 1, 8, 4, 4)
+    noise, none = torch.randn(37, 4, 4, 4), torch.zeros(37, dtype=torch.bool)
+    assert torch.equal(plain.latents(range(37), none, noise), encoded.latents(range(37), none, noise))
+    assert plain.check_spread() == pytest.approx(plain.manifest["spread"]["std"], rel=0.1)
+    assert (plain.horizontal_flip, encoded.horizontal_flip) == (False, True)
+    assert LatentSet(encoded.path, horizontal_flip=False).horizontal_flip is False
+    with pytest.raises(ValueError, match=r"^horizontal_flip=true: .* holds no mirror images: set it to null, or"):
+        LatentSet(plain.path, horizontal_flip=True)
+    batch = next(BatchLoader(plain, 37, seed=0, with_labels=True).starting_at(0))
+    order = torch.randperm(37, generator=make_generator(0, "epoch", 0))
+    expected = torch.randn(37, 4, 4, 4, generator=make_generator(0, "posterior", 0))
+    assert torch.equal(batch.images, plain.latents(order, none, expected))
+
+
+def test_a_set_that_does_not_tell_of_mirror_images_has_them(encoded, tmp_path):
+    shutil.copytree(encoded.path, tmp_path / "set")
+    manifest = {key: value for key, value in encoded.manifest.items() if key != "flips"}
+    (tmp_path / "set" / "manifest.json").write_text(json.dumps(manifest))
+    assert LatentSet(tmp_path / "set", horizontal_flip=True).horizontal_flip is True
+
+
+def test_the_manifest_tells_with_what_shards_were_encoded(photographs, encoded, tmp_path):
+    usual = {"torch": torch.__version__, "device": "cpu", "batch_size": 3, "autoencoder.batch_size": 8}
+    assert encoded.manifest["encoding"] == {"precision": "fp32", "tile": None}
+    assert encoded.manifest["encoded_with"] == [usual]
+    shutil.copytree(encoded.path, tmp_path / "set")
+    for name in ("manifest.json", "shards/000000.json", "shards/000003.json"):
+        (tmp_path / "set" / name).unlink()
+    found = encode(photographs, PatchProjection(), tmp_path / "set", batch_size=5)
+    assert found.manifest["encoded_with"] == [{**usual, "batch_size": 5}, usual]
 
 
 def test_a_set_can_be_sent_to_another_process_and_says_who_it_is_wherever_it_lies(encoded, tmp_path):
@@ -242,6 +291,49 @@ def test_too_many_bad_images_stop_the_work_with_counts(photographs, tmp_path):
     assert len(encode(photographs, PatchProjection(), tmp_path / "set")) == 37  # the fraction was raised
 
 
+def test_bad_images_of_finished_shards_count_after_a_restart(photographs, tmp_path):
+    strict = ImageFolder(photographs.root, 32, max_bad_fraction=0.05)  # two of 40
+    for _ in range(2):  # the second time, one of three is in a shard that is finished
+        with pytest.raises(DataError, match=r"3 of 40 images cannot be read so far"):
+            encode(strict, PatchProjection(), tmp_path / "set")
+        listed = (tmp_path / "set" / "bad_files.jsonl").read_text().splitlines()
+        assert [json.loads(line)["file"] for line in listed] == [
+            "china/002.png",
+            "china/017.png",
+            "flower/003.png",
+        ]
+    assert len(list((tmp_path / "set" / "shards").glob("*.json"))) == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_image_that_has_been_mended_is_in_the_set(photographs, tmp_path, num_workers):
+    folder = Path(shutil.copytree(photographs.root, tmp_path / "images"))
+    strict, lax = (ImageFolder(folder, 32, max_bad_fraction=fraction) for fraction in (0.05, 0.1))
+    with pytest.raises(DataError, match=r"mend those in .*bad_files\.jsonl and run it again"):
+        encode(strict, PatchProjection(), tmp_path / "set", num_workers=num_workers)
+    first, second = ((tmp_path / "set" / "shards" / f"00000{shard}.json") for shard in (0, 1))
+    assert first.exists() and second.exists()
+    before = second.stat().st_mtime_ns
+    shutil.copy(folder / "china" / "003.png", folder / "china" / "002.png")
+    autoencoder, seen = Counting(), []
+    encoding = Encoding(strict, autoencoder, tmp_path / "set", batch_size=3, shard_size=8, num_workers=num_workers)
+    encoding.open()
+    assert encoding.num_done == 16
+    latents = encoding.run(seen.append)
+    encoding.close()
+    assert autoencoder.count == 2 * (8 + 6 + 8 + 8) and second.stat().st_mtime_ns == before
+    assert min(seen) == -8 + 3 and max(seen) + encoding.num_done == 40
+    assert len(latents) == 38 and latents.manifest["num_bad_files"] == 2
+    anew = encode(lax, PatchProjection(), tmp_path / "anew")
+    assert anew.fingerprint == latents.fingerprint
+    before = {path: path.stat().st_mtime_ns for path in latents.path.rglob("*")}
+    shutil.copy(folder / "china" / "003.png", folder / "china" / "017.png")
+    encode(strict, autoencoder, latents.path)  # what is complete stays
+    kept = latents.path / "manifest.json", *(latents.path / "shards").iterdir()
+    assert all(path.stat().st_mtime_ns == before[path] for path in kept[1:])
+    assert LatentSet(latents.path).fingerprint == anew.fingerprint
+
+
 def test_nothing_readable_is_no_set(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_text("no image")
@@ -274,8 +366,10 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(photographs, encode
     [
         ({"autoencoder": PatchProjection(seed=1)}, "autoencoder.sha256"),
         ({"autoencoder": PatchProjection(scale=3.0)}, "autoencoder.scale: 2.0 there, 3.0 here"),
-        ({"resolution": 24}, r"image_shape: \[3, 32, 32\] there, \[3, 24, 24\] here"),
+        ({"source": {"resolution": 24}}, r"image_shape: \[3, 32, 32\] there, \[3, 24, 24\] here"),
+        ({"autoencoder": PatchProjection(tile=32)}, "encoding.tile: None there, 32 here"),
         ({"dtype": "fp32"}, "dtype: fp16 there, fp32 here"),
+        ({"source": {"horizontal_flip": False}}, "flips: True there, False here"),
         ({"shard_size": 4}, "shard_size: 8 there, 4 here"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -283,7 +377,8 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(photographs, encode
 def test_another_request_is_refused_with_both_sides_named(photographs, encoded, options, says):
     before = {path: path.stat().st_mtime_ns for path in encoded.path.rglob("*")}
     options = dict(options)
-    source = ImageFolder(photographs.root, options.pop("resolution", 32), max_bad_fraction=0.1)
+    of_source = {"resolution": 32, **options.pop("source", {})}
+    source = ImageFolder(photographs.root, **of_source, max_bad_fraction=0.1)
     with pytest.raises(RunDirectoryError, match=says):
         encode(source, options.pop("autoencoder", PatchProjection()), encoded.path, **options)
     assert {path: path.stat().st_mtime_ns for path in encoded.path.rglob("*")} == before

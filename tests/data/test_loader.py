@@ -36,7 +36,7 @@ class Latents:
     """A latent set in memory, of both mirror images."""
 
     num_classes, image_shape, latent_shape, fingerprint = 3, (3, 16, 16), (2, 4, 4), {}
-    horizontal_flip, max_bad_fraction = True, 0.0
+    horizontal_flip, max_bad_fraction, has_posterior = True, 0.0, True
     moments = torch.randn(2, 11, 4, 4, 4, generator=torch.Generator().manual_seed(0)).half()
     seen: ClassVar[list] = []
 
@@ -136,6 +136,18 @@ def test_latent_sets_give_x_0_with_stored_flips_and_the_same_noise():
     assert batch.noise is None and batch.images.dtype == torch.float32
     assert torch.allclose(batch.images, (mean + (log_variance / 2).exp() * noise - 0.1) * 0.5, atol=1e-6)
     assert torch.equal(batch.labels, chosen % 3)
+
+
+def test_latent_sets_without_posterior_are_given_no_noise():
+    class Means(Latents):
+        has_posterior = False
+
+        def latents(self, indices, flips, noise):
+            assert noise is None
+            return super().latents(indices, flips, noise)
+
+    batch = next(BatchLoader(Means(), 8, seed=5, with_labels=True).starting_at(3))
+    assert batch.images.shape == (8, 2, 4, 4)
 
 
 def test_unlabelled_batches_for_unconditional_models():

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from diffussm.data.decode import center_crop, decode
 from diffussm.data.fake import Fake
 from diffussm.data.huggingface import HuggingFace
-from diffussm.data.images import Digits, ImageFolder
+from diffussm.data.images import Digits, ImageFolder, Photographs
 from diffussm.runtime.errors import BadImage, ConfigError, DataError
 
 
@@ -62,6 +62,7 @@ def test_a_source_keeps_the_contract(source, tmp_path):
     assert json.loads(json.dumps(source.fingerprint)) == source.fingerprint
     assert source.fingerprint["image_shape"] == list(source.image_shape)
     assert str(tmp_path) not in json.dumps(source.fingerprint)
+    assert (source.fingerprint.get("crop") == "adm_center v1") == isinstance(source, Photographs)
     names = [source.name_of(index) for index in range(len(source))]
     assert len(set(names)) == len(source) > 0 and not any(name.startswith("/") for name in names)
     labels = set()
@@ -153,6 +154,7 @@ def test_rows_without_label_or_image_are_found(tmp_path):
     labels = [0, 1, -1, None, 1, 0]
     images = [{"bytes": content, "path": None} for content in contents]
     images[1], images[2] = None, {"bytes": b"text", "path": "picture.jpg"}
+    images[3], images[4] = {"bytes": b"", "path": None}, {"bytes": b"", "path": "picture.jpg"}
     features = rows.features
     datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).save_to_disk(
         tmp_path / "rows"
@@ -160,7 +162,7 @@ def test_rows_without_label_or_image_are_found(tmp_path):
     with pytest.raises(DataError, match=r"data\.label_column=label: 2 of 6 images have no label"):
         HuggingFace(tmp_path / "rows")
     source = HuggingFace(tmp_path / "rows", label_column=None, resolution=16)
-    for index, reason in ((1, "no image in this row"), (2, "damaged")):
+    for index, reason in ((1, "no image in this row"), (2, "damaged"), (3, "empty"), (4, "empty")):
         with pytest.raises(BadImage, match=f"row {index}: .*{reason}"):
             source[index]
     assert source[0][0].shape == (3, 16, 16) and source.fingerprint["num_images"] == 6

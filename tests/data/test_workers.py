@@ -1,5 +1,6 @@
 """Workers may die, hang or fail: no batch is lost, repeated or changed, and nothing of them outlives its use."""
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -14,9 +16,11 @@ import pytest
 import torch
 from test_loader import Latents, Numbers, assert_equal
 
+from diffussm.data import workers as module
 from diffussm.data.loader import BatchLoader
 from diffussm.data.workers import MAX_DEATHS
-from diffussm.runtime.errors import DataError, OutOfMemoryError
+from diffussm.runtime.errors import DataError, OutOfMemoryError, Preempted
+from diffussm.runtime.signals import StopRequest
 
 
 class Slow(Numbers):
@@ -161,6 +165,38 @@ def test_a_hanging_worker_does_not_outlive_its_use(stop):
         os.kill(pids[0], signal.SIGSTOP)
     batches.close()
     assert len(pids) == 2 and not any(map(is_alive, pids))
+
+
+@contextlib.contextmanager
+def deadline(seconds: int) -> Iterator[None]:
+    """What waits for ever fails instead."""
+
+    def fail(*_):
+        raise AssertionError("waited for ever")  # no OSError, which would be taken for a worker's death
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_who_waits_for_a_hanging_worker_hears_a_request_to_stop(monkeypatch):
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.05)
+
+    def poll():
+        if not stop:
+            os.kill(os.getpid(), signal.SIGTERM)  # by now it waits
+        else:
+            raise Preempted(f"stopped by {stop.signal}")
+
+    with deadline(20), StopRequest() as stop:
+        batches = BatchLoader(Stuck(40), 4, 0, True, 2, poll=poll).starting_at(0)
+        with pytest.raises(Preempted, match="stopped by SIGTERM"):
+            list(islice(batches, 9))
+    assert not workers()
 
 
 ENDS = {

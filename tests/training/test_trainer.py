@@ -1,6 +1,7 @@
 """The trainer's guarantees on a tiny real run: exact resume, accumulation, skipping, precision, logs."""
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from conftest import SMALL_RUN
 from diffussm.build import System, build_source, build_trainer
 from diffussm.compose import compose
 from diffussm.data.autoencoder import IdentityAutoencoder
-from diffussm.runtime.distributed import Processes
+from diffussm.runtime.distributed import Interrupted, Processes
 from diffussm.runtime.errors import DataError, DivergedError, Preempted, RunDirectoryError, StorageError
 from diffussm.runtime.run_dir import RunDirectory
 from diffussm.runtime.seeding import draw_normal
@@ -105,6 +106,20 @@ def test_other_objectives_resume_bit_exactly(tmp_path, overrides):
         probabilities = resumed.objective.timesteps.probabilities
         assert probabilities.max() > 1.5 * probabilities.min()  # the history mattered
         assert torch.equal(probabilities, whole.objective.timesteps.probabilities)
+
+
+def test_a_stop_while_no_batch_comes_loses_no_step(tmp_path, uninterrupted):
+    trainer = make_trainer(tmp_path)
+
+    def stalling(step, original=trainer.batches.starting_at):
+        yield from itertools.islice(original(step), 3)
+        raise Interrupted  # as the loader's poll does
+
+    trainer.batches.starting_at = stalling
+    with pytest.raises(Preempted, match="stopped by signal at 48 images"):
+        trainer.run()
+    make_trainer(tmp_path).run()
+    assert fingerprint(tmp_path) == fingerprint(uninterrupted)
 
 
 def test_a_crash_between_checkpoints_is_bit_exact_and_logs_nothing_twice(tmp_path, uninterrupted):
@@ -218,6 +233,7 @@ class PerfectLatents:
         self.num_classes, self.class_names, self.fingerprint = 10, list("0123456789"), digits.fingerprint
         self.image_shape = self.latent_shape = (1, 8, 8)
         self.horizontal_flip, self.max_bad_fraction = False, 0.0
+        self.has_posterior = True
 
     def __len__(self):
         return len(self.digits)
