@@ -62,6 +62,7 @@ class TrainerConfig:
     timeout_seconds: float = free(1800.0)  # a process that others wait for longer is taken for lost
     keep_checkpoints: int = free(2)
     num_workers: int = free(0)  # processes that read images; 0 reads in the main process
+    profile: bool = free(False)  # write profile/profile.md and profile/trace.json after some steps, once
 
 
 @dataclass
@@ -94,6 +95,7 @@ class TrainConfig:
     guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
     evaluation: Any = free()
+    logger: Any = free()  # of what metrics.jsonl holds, by name; one or several
 
 
 @dataclass

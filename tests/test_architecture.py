@@ -71,7 +71,7 @@ ALLOWED_WITHIN = {
     },
     "runtime": {
         "errors": set(), "allocator": set(), "seeding": set(), "signals": set(), "run_dir": {"errors"},
-        "launch": {"errors"}, "distributed": {"errors", "launch"},
+        "launch": {"errors"}, "distributed": {"errors", "launch"}, "run_status": {"errors", "run_dir"},
         "__init__": set(),
     },
 }  # fmt: skip

@@ -42,9 +42,19 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+# What depends on the machine, and on what else it does.
+SPEED = {"images_per_second", "data_wait", "tflops_per_second", "mfu", "memory_gib"}
+
+
 def records(path: Path) -> list[dict]:
-    lines = (path / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+    """What was measured, without what happened meanwhile."""
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in SPEED} for record in found if "event" not in record]
+
+
+def events(path: Path) -> list[dict]:
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in found if "event" in record]
 
 
 class StopAfter:
