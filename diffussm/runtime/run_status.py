@@ -86,7 +86,7 @@ def read_report(path: Path, now: datetime | None = None) -> RunReport:
         record=next((record for record in reversed(records) if "loss" in record), {}),
         evaluation=next((record for record in reversed(records) if "evaluation" in record), {}),
         checkpoints=_checkpoints(path / "checkpoints"),
-        events=Counter(str(record["event"]) for record in records if "event" in record),
+        events=dict(Counter(str(record["event"]) for record in records if "event" in record)),
         num_damaged=num_damaged,
     )
 

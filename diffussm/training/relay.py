@@ -67,7 +67,9 @@ class Relay:
         assert pipe is not None
         self._send((self.key, self.backend, str(self.directory)))
         self._send(("start", (self.directory, self.name, images, self.config)))
-        self._thread = threading.Thread(target=self._deliver, args=(pipe,), name=self.key, daemon=True)
+        self._thread = threading.Thread(
+            target=self._deliver, args=(self._process, pipe), name=self.key, daemon=True
+        )
         self._thread.start()
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -112,7 +114,7 @@ class Relay:
             if self.num_dropped == 1:
                 self.say(f"logger {self.key}: too slow, dropping records; metrics.jsonl has all of them")
 
-    def _deliver(self, pipe: BinaryIO) -> None:
+    def _deliver(self, process: "subprocess.Popen[bytes]", pipe: BinaryIO) -> None:
         """What the thread does: it may wait for the backend, for nobody waits for it."""
         try:
             with pipe:
@@ -122,9 +124,8 @@ class Relay:
         except OSError:
             self._is_broken = True
             self.num_dropped += 1
-            process = self._process
-            if process is not None and process.wait() != TOLD:
-                self.say(f"logger {self.key}: its process has ended; metrics.jsonl has everything")
+            if (code := process.wait()) not in (TOLD, -signal.SIGKILL):
+                self.say(f"logger {self.key}: its process has ended (exit code {code}); metrics.jsonl goes on")
 
 
 def serve() -> None:
