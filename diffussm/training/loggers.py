@@ -112,6 +112,7 @@ class WandB:
                 raise
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             remark = f"offline ({reason}); later, `wandb sync {directory}/wandb/offline-*` uploads it"
+            wandb.teardown()  # or it takes the run for one that somebody else has begun
             self._run = wandb.init(mode="offline", settings=settings, **options)
         # A run that goes back to its checkpoint passes the same images again, which steps of wandb's cannot.
         self._run.define_metric("images")

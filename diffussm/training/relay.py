@@ -97,9 +97,11 @@ class Relay:
         self._process = None
         self._thread.join()  # whose pipe has lost its other end
         self.num_dropped += sum(message is not None for message in self._queue.queue)
-        how = f"; it did not end within {self.patience:g} s" if was_late else ""
-        if self.num_dropped or was_late:
-            self.say(f"logger {self.key}: {self.num_dropped} records dropped{how}; metrics.jsonl has all of them")
+        facts = [f"{self.num_dropped:,} records dropped"] if self.num_dropped else []
+        if was_late:
+            facts.append(f"not ready after {self.patience:g} s, so left behind")
+        if facts:
+            self.say(f"logger {self.key}: {', '.join(facts)}; metrics.jsonl has everything")
 
     def _send(self, message: Any) -> None:
         if self._process is None:
@@ -151,13 +153,15 @@ def serve() -> None:
             print(f"{name}: {error!r}", flush=True)
             if name == "start":
                 say(f"logger {key}: does not start ({_describe(error)}); metrics.jsonl has everything")
-                sys.exit(TOLD)
+                os._exit(TOLD)  # whatever it has registered for the end
             if num_failed == 1:
                 say(f"logger {key}: {name} failed ({_describe(error)}); metrics.jsonl has everything")
         if name == "close":
             break
     if num_failed:
         say(f"logger {key}: {num_failed} of {num_calls} calls failed, see {directory}/{key}/output.log")
+    sys.stdout.flush()
+    os._exit(0)  # without what clients do when the interpreter exits, such as waiting for a server
 
 
 def _describe(error: Exception) -> str:

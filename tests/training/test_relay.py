@@ -69,8 +69,8 @@ def test_what_a_backend_prints_goes_to_a_file_and_its_remark_to_the_terminal(tmp
     [
         (backends.Raising(), [], ["write failed (no such server)", "20 of 22 calls failed"]),
         (backends.NeverStarting(), ["records dropped"], ["does not start (no licence)"]),
-        (backends.Hanging(), ["did not end within 3 s"], []),
-        (backends.HangingAtTheEnd(), ["0 records dropped; it did not end within 3 s"], []),
+        (backends.Hanging(), ["not ready after 3 s"], []),
+        (backends.HangingAtTheEnd(), ["logger fake: not ready after 3 s"], []),
         (backends.Dying(), ["its process has ended (exit code 11)", "records dropped"], []),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, backends.Faithful) else "",
@@ -105,8 +105,8 @@ def test_records_that_a_slow_backend_has_no_time_for_are_dropped_counted_and_tol
     assert time.monotonic() - started < 60  # it would have been for ever
     log.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5000
-    assert said[0].startswith("logger fake: too slow") and "it did not end" in said[1] and len(said) == 2
-    assert int(said[1].split()[2]) > 1000
+    assert said[0].startswith("logger fake: too slow") and "not ready after" in said[1] and len(said) == 2
+    assert int(said[1].split()[2].replace(",", "")) > 1000
 
 
 def test_a_slow_backend_is_waited_for_at_the_end(tmp_path):
@@ -152,7 +152,7 @@ def test_a_hanging_package_keeps_no_command_from_ending(tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "logger wandb: " in result.stderr and "did not end within 10 s" in result.stderr
+    assert "logger wandb: " in result.stderr and "not ready after 10 s" in result.stderr
     assert len(records(run)) == 4
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
@@ -168,6 +168,8 @@ class Run:
 
 class Image:
     def __init__(self, path): self.path = path
+
+def teardown(): print("torn down")
 
 def init(mode, id, settings, **options):
     print("init", mode, id, options["resume"], settings.options["init_timeout"])
@@ -191,6 +193,7 @@ def test_wandb_goes_offline_and_keeps_its_id(tmp_path, monkeypatch, capfd):
     identity = (run / "wandb" / "id").read_text()
     assert (run / "wandb" / "output.log").read_text().splitlines() == 2 * [
         f"init online {identity} allow 7",
+        "torn down",
         f"init offline {identity} allow 7",
         "row ['images', 'loss']",
         "row ['images', 'samples']",
