@@ -330,7 +330,7 @@ def build_trainer(
     def report(facts: Mapping[str, Any]) -> None:
         try:
             run.write_status("running", processes=processes.world_size, **facts)
-        except StorageError as error:  # who looks from outside sees less; training need not end for it
+        except (OSError, StorageError) as error:  # who looks from outside sees less; training need not end for it
             warn(str(error))
 
     return Trainer(
