@@ -5,6 +5,7 @@ with the key in it, whether it came from the command line, a file or Python.
 """
 
 import contextlib
+import functools
 import inspect
 import re
 import types
@@ -36,22 +37,27 @@ from diffussm.evaluation.features import FeatureExtractor
 from diffussm.evaluation.generate import Generator
 from diffussm.evaluation.likelihood import ImageMeasure
 from diffussm.models import S4D, NoisyClassifier
+from diffussm.models.complexity import Complexity, measure_complexity
 from diffussm.models.layers import Denoiser
 from diffussm.report.grid import save_grid
 from diffussm.runtime.distributed import Interrupted, Processes, Undertaking
-from diffussm.runtime.errors import ConfigError, DataError, RunDirectoryError, UserError, note
+from diffussm.runtime.errors import ConfigError, DataError, RunDirectoryError, StorageError, UserError, note
 from diffussm.runtime.run_dir import RunDirectory
 from diffussm.runtime.seeding import derive_seed
 from diffussm.training import posthoc
 from diffussm.training.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from diffussm.training.logging import MetricsLog
 from diffussm.training.precision import Precision
+from diffussm.training.profiling import Profile
+from diffussm.training.relay import Relay
+from diffussm.training.throughput import Throughput, device_peak, training_flops
 from diffussm.training.trainer import Batches, Periodic, Trainer
 
 PACKAGE_PREFIX = "diffussm:"  # marks a path inside the installed package
 MAX_GRID_ROWS = GRID_COLUMNS = 10
 TRUSTED_MODULES = tuple(
-    f"diffussm.{name}" for name in ("models", "diffusion", "data", "evaluation", "training.optim")
+    f"diffussm.{name}"
+    for name in ("models", "diffusion", "data", "evaluation", "training.optim", "training.loggers")
 )
 
 
@@ -368,6 +374,17 @@ def build_trainer(
         batches = EncodedBatches(batches, system.autoencoder.fingerprint)  # missing weights end it here
     for averages in ("ema_decays", "ema_power"):
         settings[averages] = list(settings[averages])
+    log = MetricsLog(run.path / "metrics.jsonl", build_relays(config, run, warn))
+    profile = None
+    if settings.pop("profile") and processes.is_first:
+        profile = Profile(run.path / "profile", system.device, _describe_work(config, processes, system.device))
+
+    def report(facts: Mapping[str, Any]) -> None:
+        try:
+            run.write_status("running", processes=processes.world_size, **facts)
+        except (OSError, StorageError) as error:  # who looks from outside sees less; training need not end for it
+            warn(str(error))
+
     return Trainer(
         model=system.model,
         objective=system.objective,
@@ -376,21 +393,70 @@ def build_trainer(
         optimizer=construct(config.optimizer, "optimizer", named_parameters=system.model.named_parameters()),
         checkpoints=store,
         snapshots=CheckpointStore(run.path / posthoc.DIRECTORY, None, warn),
-        log=MetricsLog(run.path / "metrics.jsonl"),
+        log=log,
         precision=precision,
         config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
         seed=config.seed,
-        periodic=_periodic(system, run, processes, sample_every_images, getattr(source, "preprocessing", None)),
+        periodic=_periodic(
+            system, run, processes, log, sample_every_images, getattr(source, "preprocessing", None)
+        ),
         processes=processes,
+        throughput=Throughput(
+            functools.partial(training_flops_of, config.model, system.latent_shape),
+            device_peak(system.device, precision.name),
+            processes.world_size,
+        ),
+        profile=profile,
+        report=report,
         stop=stop,
         **settings,
     )
+
+
+def build_relays(config: DictConfig, run: RunDirectory, warn: Callable[[str], None]) -> list[Relay]:
+    """The configured loggers, none of them started. ConfigError for one whose package is missing."""
+    content: Mapping[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    return [
+        Relay(str(name), construct(node, f"logger.{name}"), run.path, config.name, content, warn)
+        for name, node in config.logger.items()
+    ]
+
+
+@functools.cache
+def _complexity_of(model: str, latent_shape: tuple[int, ...]) -> Complexity:
+    # Of a model without memory, whatever becomes of the one that is trained: it may be compiled or sharded.
+    with torch.device("meta"):
+        network = construct(OmegaConf.create(model), "model")  # type: ignore[arg-type]
+    return measure_complexity(network, latent_shape)
+
+
+def complexity_of(model: DictConfig, latent_shape: tuple[int, ...]) -> Complexity:
+    """What a configured model costs on latents (C, H, W); measured once."""
+    return _complexity_of(OmegaConf.to_yaml(model, resolve=True), latent_shape)
+
+
+def training_flops_of(model: DictConfig, latent_shape: tuple[int, ...]) -> int:
+    """Floating-point operations of training a configured model on one image."""
+    cost = complexity_of(model, latent_shape)
+    return training_flops(cost.flops + cost.ssm_flops, bool(model.get("activation_checkpointing", False)))
+
+
+def _describe_work(config: DictConfig, processes: Processes, device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    model, settings = config.model._target_.rpartition(".")[2], config.trainer
+    return {
+        "run": config.name,
+        "model": f"{model}, {settings.precision}",
+        "batch": f"{settings.batch_size} images over {processes.world_size} processes",
+        "device": f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+    }
 
 
 def _periodic(
     system: System,
     run: RunDirectory,
     processes: Processes,
+    log: MetricsLog,
     sample_every_images: int | None,
     preprocessing: str | None,
 ) -> list[Periodic]:
@@ -407,9 +473,10 @@ def _periodic(
 
     def draw_grid(model: nn.Module, images: int, undertaking: Undertaking) -> Mapping[str, Any]:
         generator = system.generator(model, config, undertaking.check)
-        draw_samples(
-            generator, system.image_shape, run.samples / f"images-{images:012d}.png", processes, undertaking
-        )
+        picture = run.samples / f"images-{images:012d}.png"
+        draw_samples(generator, system.image_shape, picture, processes, undertaking)
+        if processes.is_first:
+            log.show(images, "samples", picture)
         forget_spectra(model)
         return {}
 

@@ -16,6 +16,7 @@ from diffussm.runtime.errors import OutOfMemoryError, StorageError, UserError
 
 VERBS = {
     "train": "train a model; the same command continues an interrupted run",
+    "status": "tell where runs are, from outside",
     "encode": "turn images into latents once, for many trainings",
     "sample": "draw images from a checkpoint",
     "evaluate": "measure a checkpoint: FID, sFID, IS, precision, recall, bits per dimension",
@@ -50,6 +51,8 @@ DESCRIPTIONS = {
                                         of the run, and trainer.ema_snapshot_every_images=1M: kept for later
           trainer.device_batch_size=    split a step into several passes, to fit the memory
           evaluation=NAME               what `diffussm evaluate` will measure; none for nothing
+          logger=tensorboard            or wandb, or [tensorboard,wandb]: where metrics.jsonl is shown too
+          trainer.profile=true          measure where the time of a step goes: profile/profile.md, trace.json
           init_from=PATH                fine-tune: begin with the weights (init_weights=ema) of a run, a checkpoint
                                         or a file as `import` takes; what depends on the classes is made anew
           trainer.dry_run=true          check all this, say what it costs and which files are missing, and stop
@@ -57,6 +60,16 @@ DESCRIPTIONS = {
         The run directory is a function of the configuration, so the same command again continues where the
         newest valid checkpoint left off, bit for bit. Exit codes: 0 done, 2 configuration, 65 data,
         70 diverged, 71 out of memory, 73 run directory, 74 I/O, 75 stopped by a signal (run it again).""",
+    "status": """\
+        Tell where runs are: progress, speed, losses, checkpoints, and what has happened to them. Only reads.
+
+          RUN_DIR ...                   run directories, such as runs/digits or runs/*
+          --json                        one line of JSON for each
+
+        A run that says that it runs is called gone if its process on this machine is no more, and stalled if it
+        has been silent for longer than it said it would be. Exit codes: 0 running or finished, 75 stopped by a
+        signal (run it again), 73 no run there, 1 gone, stalled or unknown; of a failed run, its own. Of several
+        runs, the first that is not 0.""",
     "encode": """\
         Encode a data set: the moments of the posterior of every image and its mirror image, which
         `diffussm train data=latents data.path=DIR` samples anew in every step. Run again, the same command
@@ -241,15 +254,20 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, summary in VERBS.items():
         file = "FILE " if verb == "import" else ""
+        usage = f"diffussm {verb} {file}[--config-dir DIR] [--print-config] [key=value ...]"
         command = verbs.add_parser(
             verb,
             help=summary,
             description=textwrap.dedent(DESCRIPTIONS[verb]),
             epilog=_describe_groups(verb),
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            usage=f"diffussm {verb} {file}[--config-dir DIR] [--print-config] [key=value ...]",
+            usage="diffussm status [--json] RUN_DIR ..." if verb == "status" else usage,
             allow_abbrev=False,
         )
+        if verb == "status":  # which has no configuration
+            command.add_argument("paths", nargs="+", type=Path, metavar="RUN_DIR")
+            command.add_argument("--json", action="store_true", help="print JSON lines")
+            continue
         command.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides")
         command.add_argument("--config-dir", type=Path, help="a directory of your own configs/, searched too")
         command.add_argument(
@@ -258,7 +276,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     if unknown := [argument for argument in rest if argument.startswith("-")]:
         parser.error(f"unknown option {unknown[0]}")
-    options.overrides += rest  # what argparse could not place: overrides after an option
+    if options.verb == "status":
+        options.paths += map(Path, rest)
+    else:
+        options.overrides += rest  # what argparse could not place: overrides after an option
     return options
 
 
@@ -266,7 +287,8 @@ def _describe_groups(verb: str) -> str:
     """The options of every group that the verb's root names, read from the files alone."""
     package = Path(__file__).resolve().parent
     configs = next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
-    root = (configs / f"{verb}.yaml").read_text()
+    file = configs / f"{verb}.yaml"
+    root = file.read_text() if file.exists() else ""
     lines = []
     for group in sorted(path for path in configs.iterdir() if path.is_dir()):
         if f"- {group.name}:" in root:

@@ -42,7 +42,10 @@ def compose(
         except HydraException as error:
             raise ConfigError(f"{override}: cannot be read: {_first_line(error)}: quote it or mend it") from error
         group = str(parsed.key_or_group)
-        if group in groups() and group != "experiment" and not isinstance(parsed.value(), str):
+        chosen = parsed.value()
+        if group == "logger" and isinstance(chosen, list) and all(isinstance(name, str) for name in chosen):
+            continue  # of which there may be several
+        if group in groups() and group != "experiment" and not isinstance(chosen, str):
             raise ConfigError(f"{override}: choose one of {', '.join(group_options(group))}")
     schema.register()
     for group, node in (from_checkpoint or {}).items():

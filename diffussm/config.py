@@ -71,6 +71,7 @@ class TrainerConfig:
     keep_checkpoints: int = free(2)
     num_workers: int = free(0)  # processes that read images; 0 reads in the main process
     dry_run: bool = free(False)  # say what the run would be, need nothing for it, and create nothing
+    profile: bool = free(False)  # write profile/profile.md and profile/trace.json after some steps, once
 
 
 @dataclass
@@ -108,6 +109,7 @@ class TrainConfig:
     guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
     evaluation: Any = free()
+    logger: Any = free()  # of what metrics.jsonl holds, by name; one or several
 
 
 @dataclass

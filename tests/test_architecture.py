@@ -74,6 +74,7 @@ ALLOWED_WITHIN = {
     "runtime": {
         "errors": set(), "allocator": set(), "seeding": set(), "signals": set(), "run_dir": {"errors"},
         "launch": {"errors"}, "distributed": {"errors", "launch"}, "environment": set(),
+        "run_status": {"errors", "run_dir"},
         "__init__": set(),
     },
 }  # fmt: skip

@@ -28,6 +28,8 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_every_command_composes(command):
     overrides = [argument for argument in command[2:] if not argument.startswith("--")]
+    if command[1] == "status":
+        return  # it has no configuration
     if command[1] == "import":
         assert "=" not in overrides.pop(0)  # FILE
     if "--help" in command:

@@ -17,9 +17,12 @@ from diffussm.runtime.launch import find_place, launch
 from diffussm.runtime.run_dir import RunDirectory, write_atomically
 
 if TYPE_CHECKING:
+    from diffussm.build import System
     from diffussm.data.images import Source
     from diffussm.runtime.distributed import Processes
     from diffussm.training.trainer import Trainer
+
+START_LIMIT_SECONDS = 1800.0  # after which a run that has not got to its first step is taken for stalled
 
 
 def run(options: argparse.Namespace) -> int:
@@ -85,7 +88,7 @@ def _train(config: DictConfig, directory: RunDirectory) -> int:
     keep_freed_memory()
     processes = Processes.from_environment(config.trainer.timeout_seconds)
 
-    def build() -> tuple["Source", "Trainer"]:
+    def build() -> tuple["Source", "System", "Trainer"]:
         source = build_source(config.data, config.model)
         system = System(config, source.image_shape, device)
         trainer = build_trainer(system, source, directory, processes, lambda: stop, note)
@@ -94,7 +97,7 @@ def _train(config: DictConfig, directory: RunDirectory) -> int:
             from diffussm.commands.init_from import read_initial_weights
 
             trainer.initial = read_initial_weights(config, trainer.model, note)
-        return source, trainer
+        return source, system, trainer
 
     with StopRequest() as stop:
         device = processes.own_device(choose_device(config.device))
@@ -103,13 +106,15 @@ def _train(config: DictConfig, directory: RunDirectory) -> int:
                 _check_equal(config, processes)
                 if processes.on_first(lambda: _check(directory, config)):
                     return 0
-            source, trainer = processes.on_all(build)
+            source, system, trainer = processes.on_all(build)
             try:
-                processes.on_first(lambda: _open(directory, config, source, trainer))
+                processes.on_first(lambda: _open(directory, source, system, trainer))
                 trainer.run()
             except BaseException as error:
                 _write_failure(directory, trainer, error)
                 raise
+            finally:
+                trainer.log.close()
             if processes.is_first:
                 directory.write_status("finished", images=trainer.images, step=trainer.step, exit_code=0)
                 pictures = f"; pictures in {directory.samples}" if config.sampler else ""
@@ -138,12 +143,18 @@ def _container(content: str) -> dict:
     return OmegaConf.to_container(OmegaConf.create(content))  # type: ignore[return-value]
 
 
-def _open(directory: RunDirectory, config: DictConfig, source: "Source", trainer: "Trainer") -> None:
+def _open(directory: RunDirectory, source: "Source", system: "System", trainer: "Trainer") -> None:
+    from diffussm.commands.summary import summarize
+
+    config = system.config
     directory.open()
     content = OmegaConf.to_yaml(config, resolve=True)
     write_atomically(directory.path / "config.yaml", content.encode())
-    directory.write_status("running")
-    _summarize(config, source, trainer, directory)
+    before = directory.read_status() or {}
+    restarts = 0 if before.get("state", "imported") == "imported" else before.get("restarts", 0) + 1
+    total = config.trainer.total_images
+    directory.write_status("running", restarts=restarts, total_images=total, limit_seconds=START_LIMIT_SECONDS)
+    print(summarize(system, source, trainer), file=sys.stderr, flush=True)
 
 
 def _write_failure(directory: RunDirectory, trainer: "Trainer", error: BaseException) -> None:
@@ -183,20 +194,3 @@ def _check_drift(directory: RunDirectory, config: DictConfig) -> None:
         )
     for line in fixed + free:
         note(f"configuration changed: {line}")
-
-
-def _summarize(config: DictConfig, source: "Source", trainer: "Trainer", directory: RunDirectory) -> None:
-    from diffussm.commands.summary import describe_run
-
-    found = trainer.checkpoints.paths()
-    lines = describe_run(
-        config,
-        run=f"{directory.path}" + (f" (continues from {found[-1].name})" if found else " (new)"),
-        device=str(trainer.device),
-        data=f"{len(source):,} images {source.image_shape}, {source.num_classes or 'no'} classes",
-        model=trainer.model,
-        optimizer=trainer.optimizer,
-        parts=trainer.parts,
-        world_size=trainer.processes.world_size,
-    )
-    print("\n".join(lines), file=sys.stderr, flush=True)

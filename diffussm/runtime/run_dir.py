@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import socket
 import time
 import weakref
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffussm.runtime.errors import RunDirectoryError, StorageError
+
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
 
 class OwnedDirectory:
@@ -97,9 +100,16 @@ class RunDirectory(OwnedDirectory):
             raise RunDirectoryError(f"{path}: damaged: delete it; the checkpoints say where the run is") from None
 
     def write_status(self, state: str, **facts: Any) -> None:
-        """Record running, finished, preempted or failed, with facts such as images, exit_code, message."""
-        record = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), **facts}
-        write_json(self.path / "status.json", record)
+        """Record running, finished, preempted or failed, with facts such as images, exit_code, message.
+
+        What was recorded before stays, apart from how the run ended.
+        """
+        known: dict[str, Any] = {}
+        with contextlib.suppress(RunDirectoryError):
+            known = self.read_status() or {}
+        kept = {key: value for key, value in known.items() if key not in ("exit_code", "message", "doing")}
+        here = {"updated": time.strftime(TIME_FORMAT), "pid": os.getpid(), "host": socket.gethostname()}
+        write_json(self.path / "status.json", {**kept, "state": state, **here, **facts})
 
 
 def refuse_unwritable(path: Path, setting: str, remedy: str) -> None:

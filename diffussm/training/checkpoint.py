@@ -89,6 +89,7 @@ class CheckpointStore:
 
     def __init__(self, root: Path, keep: int | None = 2, warn: Callable[[str], None] = print) -> None:
         self.root, self.keep, self.warn = root, keep, warn
+        self._foreseen: Checkpoint | None = None
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]) -> Path:
         """Publish a checkpoint, whose first group of `tensors` tells the model's. StorageError if it cannot."""
@@ -131,6 +132,9 @@ class CheckpointStore:
 
         RunDirectoryError if there are checkpoints and all are damaged: a run never restarts silently.
         """
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is not None:
+            return foreseen
         paths = self.paths()
         for path in reversed(paths):
             try:
@@ -143,6 +147,11 @@ class CheckpointStore:
                 "away to start anew"
             )
         return None
+
+    def foresee(self) -> Checkpoint | None:
+        """What the next `newest_valid` returns, which then need not read all of it again."""
+        self._foreseen = self.newest_valid()
+        return self._foreseen
 
     def paths(self) -> list[Path]:
         """All published checkpoints, oldest first."""

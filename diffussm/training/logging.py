@@ -1,26 +1,45 @@
 """Metrics as JSON lines, the truth about a run, and what a person sees of it meanwhile."""
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from diffussm.runtime.errors import StorageError
-from diffussm.runtime.run_dir import write_atomically
+from diffussm.runtime.run_dir import TIME_FORMAT, write_atomically
+from diffussm.runtime.run_status import describe_duration
+from diffussm.training.relay import Relay
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one record per line, each with the images seen when it was written."""
+    """`metrics.jsonl`: one record per line, each with the images seen when it was written.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    A record with the key `event` tells what happened to the run; the others are what it measured.
+
+    Args:
+        relays: loggers that are told the same from `start` to `close`, after it is written here.
+    """
+
+    def __init__(self, path: Path, relays: Sequence[Relay] = ()) -> None:
+        self.path, self.relays = path, relays
+
+    def start(self, images: int) -> None:
+        """Let the loggers begin, for a run that has seen so many images."""
+        for relay in self.relays:
+            relay.start(images)
+
+    def close(self) -> None:
+        """Let the loggers end."""
+        for relay in self.relays:
+            relay.close()
 
     def rewind(self, images: int) -> None:
-        """Drop what a killed run logged after the checkpoint at `images`, and a half-written last line."""
+        """Drop what a killed run measured after the checkpoint at `images`, and a half-written last line."""
         if not self.path.exists():
             return
         kept = []
@@ -29,7 +48,7 @@ class MetricsLog:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if record["images"] <= images:
+            if record["images"] <= images or "event" in record:  # what happened has happened
                 kept.append(line + "\n")
         write_atomically(self.path, "".join(kept).encode())
 
@@ -40,6 +59,18 @@ class MetricsLog:
                 file.write(json.dumps(dict(record)) + "\n")
         except OSError as error:
             raise StorageError(f"{self.path}: {error.strerror}: free some space") from error
+        for relay in self.relays:
+            relay.write(record)
+
+    def add_event(self, name: str, images: int, **facts: Any) -> None:
+        """Record what happened to the run; where that cannot be written, training need not end for it."""
+        with contextlib.suppress(StorageError):
+            self.write({"images": images, "event": name, "time": time.strftime(TIME_FORMAT), **facts})
+
+    def show(self, images: int, name: str, picture: Path) -> None:
+        """Hand a picture that was drawn to the loggers."""
+        for relay in self.relays:
+            relay.show(images, name, picture)
 
 
 class Progress:
@@ -62,24 +93,28 @@ class Progress:
             else None
         )
 
-    def advance(self, amount: int, facts: Callable[[], Mapping[str, float]] = dict) -> None:
+    @property
+    def eta_seconds(self) -> float | None:
+        """How long the rest takes, at the mean speed so far, whatever the time went into."""
+        elapsed, done = time.monotonic() - self._started, self.done - self.initial
+        return (self.total - self.done) * elapsed / done if done else None
+
+    def advance(self, amount: int, facts: Callable[[], Mapping[str, str]] = dict) -> None:
         """Count `amount` more; `facts` is asked only when something will be shown."""
         self.done += amount
         if self._bar is not None:
             self._bar.update(amount)
             if time.monotonic() - self._last > 1:
                 self._last = time.monotonic()
-                self._bar.set_postfix({key: f"{value:.4g}" for key, value in facts().items()})
+                self._bar.set_postfix(facts())
         elif not self.is_shown:
             return
         elif time.monotonic() - self._last > self.every_seconds or self.done >= self.total:
             self._last = time.monotonic()
-            rate = (self.done - self.initial) / max(self._last - self._started, 1e-9)
-            eta = (self.total - self.done) / max(rate, 1e-9)
-            shown = "".join(f"  {key} {value:.4g}" for key, value in facts().items())
+            shown = "".join(f"  {key} {value}" for key, value in facts().items())
             self.say(
                 f"{self.done:,} / {self.total:,} {self.unit} ({100 * self.done / self.total:.0f} %)"
-                f"  {rate:.0f} {self.unit}/s  ETA {_duration(eta)}{shown}"
+                f"  ETA {describe_duration(self.eta_seconds or 0)}{shown}"
             )
 
     def say(self, line: str) -> None:
@@ -95,7 +130,12 @@ class Progress:
             self._bar.close()
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+def headline(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a progress line has room for, of a record."""
+    formats = {"loss": ".4g", "grad_norm": ".3g", "images_per_second": ",.0f", "mfu": ".0%", "data_wait": ".0%"}
+    names = {"grad_norm": "gradient", "images_per_second": "img/s", "mfu": "MFU", "data_wait": "data wait"}
+    return {
+        names.get(key, key): format(record[key], form).replace("%", " %")
+        for key, form in formats.items()
+        if record.get(key) is not None
+    }

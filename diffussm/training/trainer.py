@@ -8,6 +8,7 @@ model, objective and batches by protocol only.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn, Protocol
@@ -29,14 +30,19 @@ from diffussm.training.checkpoint import Checkpoint, CheckpointStore
 from diffussm.training.compilation import compile_blocks, naming_compile_failures
 from diffussm.training.ema import ModelAverages
 from diffussm.training.initial import InitialWeights
-from diffussm.training.logging import MetricsLog, Progress
+from diffussm.training.logging import MetricsLog, Progress, headline
 from diffussm.training.optim import learning_rate_factor
 from diffussm.training.parallel import local_gradients, wrap_model
 from diffussm.training.precision import Precision
+from diffussm.training.profiling import NoProfile
+from diffussm.training.throughput import Throughput, peak_memory_gib
 from diffussm.training.window import MetricsWindow
 
 MAX_SKIPPED_STEPS = 20
 MAX_FAILED_SAVES = 3
+REPORT_SECONDS = 30.0  # between two reports where no record is due
+# After which a run that has not reported again is taken for stalled: in its steps, and in what takes longer.
+STEP_LIMIT_SECONDS, LIMIT_SECONDS = 300.0, 1800.0
 
 
 class Batch(Protocol):
@@ -126,6 +132,9 @@ class Trainer:
         max_grad_norm: gradients are scaled down to this norm; None leaves them as they are.
         config: the resolved configuration, stored in every checkpoint.
         snapshots: where the averages with ema_power go every so many images.
+        throughput: what the speed is worth; None leaves it out of the records.
+        profile: told which part of a step runs.
+        report: told by the first process now and then where the run is, for who looks at it from outside.
         stop: becomes true when the process has been asked to stop.
     """
 
@@ -157,9 +166,13 @@ class Trainer:
         snapshots: CheckpointStore | None = None,
         periodic: Sequence[Periodic] = (),
         processes: Processes | None = None,
+        throughput: Throughput | None = None,
+        profile: NoProfile | None = None,
+        report: Callable[[Mapping[str, Any]], None] = lambda facts: None,
         stop: Callable[[], object] = lambda: False,
     ) -> None:
         self.processes = processes or Processes()
+        self.throughput, self.profile, self.report = throughput, profile or NoProfile(), report
         self.model, self.objective, self.batches, self.to_latents = model, objective, batches, to_latents
         self.optimizer, self.checkpoints, self.log, self.precision = optimizer, checkpoints, log, precision
         self.config, self.seed, self.batch_size, self.total_images = config, seed, batch_size, total_images
@@ -181,6 +194,9 @@ class Trainer:
         self.skipped_steps = self.skipped_in_a_row = self.failed_saves = 0
         self.is_stopping = False  # whether any process has been asked to
         self.pending: list[str] = []
+        self.progress = Progress(total_images, 0, "img", is_shown=False)
+        self.waited = 0.0  # seconds, for the batch of this step
+        self._reported = 0.0
 
     @property
     def images(self) -> int:
@@ -191,36 +207,57 @@ class Trainer:
         """Train to the end. Raises Preempted after a full checkpoint when asked to stop."""
         self.network = wrap_model(self.model, self.processes, len(self.parts))
         self.restore()
+        if self.processes.is_first:
+            self.log.start(self.images)
+            if self.step:
+                self.log.add_event("resume", self.images, step=self.step, processes=self.processes.world_size)
         self.model.train()
-        progress = Progress(self.total_images, self.images, "img", is_shown=self.processes.is_first)
+        self.progress = progress = Progress(
+            self.total_images, self.images, "img", is_shown=self.processes.is_first
+        )
         try:
+            self._report("starting", LIMIT_SECONDS)
             self.catch_up()
             with contextlib.closing(self.batches.starting_at(self.step)) as batches, naming_compile_failures():
                 first_step = self.step
                 while self.images < self.total_images:
-                    try:
-                        batch = next(batches)
-                    except Interrupted:
-                        self.is_stopping = True
-                        self.stop_here(progress.say)
+                    batch = self.next_batch(batches)
                     if self.step == first_step:
                         self.warm_up(batch)
                     self.run_step(batch)
-                    progress.advance(self.batch_size, self.window.headline)
+                    progress.advance(self.batch_size, lambda: headline(self.metrics()))
                     self.after_step(progress.say)
+                    self.profile.end_step(progress.say)
         finally:
+            self.profile.close(progress.say)
             progress.close()
         self.finish()
+
+    def next_batch(self, batches: Generator[Batch, None, None]) -> Batch:
+        """The batch of this step, when it is there."""
+        started = time.perf_counter()
+        with self.profile.span("data wait"):
+            try:
+                batch = next(batches)
+            except Interrupted:
+                self.is_stopping = True
+                self.stop_here(self.progress.say)
+        self.waited = time.perf_counter() - started
+        return batch
 
     def run_step(self, batch: Batch) -> None:
         """One optimiser step on one global batch."""
         try:
             self.set_learning_rate()
             draws, terms = self.compute_gradients(batch)
-            terms = self.share_losses(terms)
-            self.window.add_losses(terms, draws.t, draws.weight)
-            self.objective.observe(draws, terms["loss"])
-            self.update_weights(self.clip_gradients())
+            with self.profile.span("loss reduction"):
+                terms = self.share_losses(terms)
+            with self.profile.span("metrics"):
+                self.window.add_losses(terms, draws.t, draws.weight)
+                self.objective.observe(draws, terms["loss"])
+            with self.profile.span("clipping"):
+                grad_norm = self.clip_gradients()
+            self.update_weights(grad_norm)
         except torch.cuda.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"out of memory on {self.device} with {len(self.parts[0])} images in a forward pass: "
@@ -251,21 +288,25 @@ class Trainer:
         factor = self.processes.world_size / self.batch_size
         for part in self.parts:
             mine = slice(part.start - self.samples.start, part.stop - self.samples.start)
-            posterior_noise = None if batch.noise is None else self._place(batch.noise[mine])
-            x_0 = self.to_latents(self._place(batch.images[mine]), posterior_noise)
-            y = None if batch.labels is None else self._place(batch.labels[mine])
+            with self.profile.span("host to device"):
+                posterior_noise = None if batch.noise is None else self._place(batch.noise[mine])
+                images = self._place(batch.images[mine])
+                y = None if batch.labels is None else self._place(batch.labels[mine])
+            with self.profile.span("latents"):
+                x_0 = self.to_latents(images, posterior_noise)
             shape = x_0.shape[1:]
-            if draws is None:
-                draws = self.objective.draw((self.batch_size, *shape), generator)
-            noise = self._place(draw_normal(self.seed, "noise", self.step, part, shape))
-            drawn = draws[part.start : part.stop].to(self.device)
+            with self.profile.span("draws"):
+                if draws is None:
+                    draws = self.objective.draw((self.batch_size, *shape), generator)
+                noise = self._place(draw_normal(self.seed, "noise", self.step, part, shape))
+                drawn = draws[part.start : part.stop].to(self.device)
             is_last = part is self.parts[-1]
             reduction = contextlib.nullcontext() if is_last else local_gradients(self.network)
             with reduction, self.precision.products():
-                with self.precision.autocast():
+                with self.precision.autocast(), self.profile.span("forward"):
                     terms = self.objective(self.network, x_0, y, drawn, noise)
                 loss = terms["loss"].sum() * factor
-                with self.processes.noticing_losses():
+                with self.processes.noticing_losses(), self.profile.span("backward"):
                     self.precision.scaler.scale(loss).backward()
             found.append({name: term.detach().float() for name, term in terms.items()})
         assert draws is not None
@@ -274,18 +315,21 @@ class Trainer:
     def share_losses(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The loss terms of all samples of the global batch, from those of this process's share.
 
-        With them goes whether a process has been asked to stop, so that all know it in the same step.
+        With them goes whether a process has been asked to stop, so that all know it in the same step, and how
+        long each has waited for its data.
         """
         asked = bool(self.stop())
         if self.processes.world_size == 1:
             self.is_stopping |= asked
+            self.window.add_wait(self.waited)
             return dict(terms)
-        everything = torch.zeros(len(terms) * self.batch_size + 1, device=self.device)
-        everything[-1] = asked
-        rows = everything[:-1].view(len(terms), self.batch_size)
+        everything = torch.zeros(len(terms) * self.batch_size + 2, device=self.device)
+        everything[-2], everything[-1] = self.waited / self.processes.world_size, asked
+        rows = everything[:-2].view(len(terms), self.batch_size)
         rows[:, self.samples.start : self.samples.stop] = torch.stack(list(terms.values()))
         self.processes.sum(everything)
         self.is_stopping |= bool(everything[-1])
+        self.window.add_wait(float(everything[-2]))
         return dict(zip(terms, rows, strict=True))
 
     def _place(self, tensor: Tensor) -> Tensor:
@@ -300,13 +344,16 @@ class Trainer:
     def update_weights(self, grad_norm: Tensor) -> None:
         """Step the optimiser and the averages; skip, count and finally give up on non-finite gradients."""
         if torch.isfinite(grad_norm):
-            self.precision.scaler.step(self.optimizer)
-            self.averages.update(self.model)
+            with self.profile.span("optimizer"):
+                self.precision.scaler.step(self.optimizer)
+            with self.profile.span("EMA"):
+                self.averages.update(self.model)
             self.window.add_grad_norm(grad_norm)
             self.skipped_in_a_row = 0
         else:
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
+            self._add_event("skipped step", self.images + self.batch_size, step=self.step + 1)
         self.precision.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
@@ -332,8 +379,12 @@ class Trainer:
         """
         ended = self.images >= self.total_images
         saving = self._due(self.save_every_images) or ended
-        if self._due(self.log_every_images) or ended:
-            self._log(self.metrics())
+        logging = self._due(self.log_every_images) or ended
+        if logging:
+            with self.profile.span("logging"):
+                self._log(self.metrics())
+        self._report("training", STEP_LIMIT_SECONDS, at_once=logging)
+        if logging:
             self.window.reset()
         if not ended:
             for periodic in self.periodic:
@@ -376,14 +427,17 @@ class Trainer:
         return {
             "images": self.images,
             "step": self.step,
-            **self.window.summary(),
+            **(summary := self.window.summary()),
+            **(self.throughput.record(summary["images_per_second"]) if self.throughput else {}),
+            "memory_gib": peak_memory_gib(self.device),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "skipped_steps": self.skipped_steps,
         }
 
     def save(self, say: Callable[[str], None] = print) -> None:
         """Publish a checkpoint; a failure is retried once, then survived until the third on end."""
-        self.processes.on_first(lambda: self._save(say))
+        with self.profile.span("saving"):
+            self.processes.on_first(lambda: self._save(say))
 
     def _save(self, say: Callable[[str], None]) -> None:
         tensors = {
@@ -415,6 +469,7 @@ class Trainer:
                 say(f"saving failed: {error}")
                 failure = error
         self.failed_saves += 1
+        self._add_event("failed save", self.images, step=self.step, message=str(failure))
         if self.failed_saves >= MAX_FAILED_SAVES or self.images >= self.total_images or self.is_stopping:
             raise failure
 
@@ -525,11 +580,16 @@ class Trainer:
         return self.images // every_images > (self.images - self.batch_size) // every_images
 
     def _perform(self, periodic: Periodic) -> None:
-        undertaking = self.processes.undertake(self.stop)
+        def stop() -> object:
+            self._report(periodic.name, LIMIT_SECONDS)
+            return self.stop()
+
+        undertaking = self.processes.undertake(stop)
         result: Mapping[str, Any] = {}
         try:
-            result = periodic.action(self.averages.first, self.images, undertaking)
-            undertaking.finish()
+            with self.profile.span(periodic.name):
+                result = periodic.action(self.averages.first, self.images, undertaking)
+                undertaking.finish()
         except Interrupted:
             self.is_stopping = True
         if result and not self.is_stopping:
@@ -539,6 +599,29 @@ class Trainer:
     def _log(self, record: Mapping[str, Any]) -> None:
         if self.processes.is_first:
             self.log.write(record)
+
+    def _add_event(self, name: str, images: int, **facts: Any) -> None:
+        if self.processes.is_first:
+            self.log.add_event(name, images, **facts)
+
+    def _report(self, doing: str, limit_seconds: float, at_once: bool = False) -> None:
+        """Tell where the run is, now and then or at once, and when to expect the next report at the latest."""
+        now = time.monotonic()
+        if not self.processes.is_first or (now - self._reported < REPORT_SECONDS and not at_once):
+            return
+        self._reported = now
+        self.report(
+            {
+                "doing": doing,
+                "images": self.images,
+                "total_images": self.total_images,
+                "step": self.step,
+                "images_per_second": self.window.images_per_second,
+                "eta_seconds": self.progress.eta_seconds,
+                "skipped_steps": self.skipped_steps,
+                "limit_seconds": limit_seconds,
+            }
+        )
 
 
 def split(batch_size: int, processes: Processes, device_batch_size: int | None) -> list[range]:

@@ -28,7 +28,7 @@ class MetricsWindow:
         self.quartile_weights = torch.zeros(self.NUM_QUARTILES, device=self.device)
         self.grad_norm_sum = torch.zeros((), device=self.device)
         self.num_images = self.num_updates = 0
-        self.seconds = 0.0
+        self.seconds = self.waited = 0.0
         self.restart_clock()
 
     def state(self) -> dict[str, Any]:
@@ -41,6 +41,7 @@ class MetricsWindow:
             "num_images": self.num_images,
             "num_updates": self.num_updates,
             "seconds": self.seconds,
+            "waited": self.waited,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -54,7 +55,7 @@ class MetricsWindow:
         self.quartile_weights = tensor(state["quartile_weights"])
         self.grad_norm_sum = tensor(state["grad_norm_sum"])
         self.num_images, self.num_updates = state["num_images"], state["num_updates"]
-        self.seconds = state["seconds"]
+        self.seconds, self.waited = state["seconds"], state.get("waited", 0.0)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -74,25 +75,30 @@ class MetricsWindow:
         now = time.perf_counter()
         self.seconds, self._last = self.seconds + now - self._last, now
 
+    def add_wait(self, seconds: float) -> None:
+        """How long a step waited for its data, part of the time from `add_losses` to `add_losses`."""
+        self.waited += seconds
+
     def add_grad_norm(self, grad_norm: Tensor) -> None:
         """The norm of one step's gradient before clipping."""
         self.grad_norm_sum = self.grad_norm_sum + grad_norm.detach()
         self.num_updates += 1
 
-    def headline(self) -> dict[str, float]:
-        """What a progress line has room for."""
-        summary = self.summary()
-        return {name: summary[name] for name in ("loss", "grad_norm") if summary.get(name) is not None}
+    @property
+    def images_per_second(self) -> float | None:
+        """Over the steps of the window, and nothing but these."""
+        return self.num_images / self.seconds if self.seconds else None
 
     def summary(self) -> dict[str, Any]:
-        """Mean terms, loss by timestep quartile (q0: least noise), gradient norm, images per second."""
+        """Mean terms, loss by timestep quartile (q0: least noise), gradient norm, speed, share of data wait."""
         record: dict[str, Any] = {name: _mean(total, self.num_images) for name, total in self.sums.items()}
         for quartile in range(self.NUM_QUARTILES):
             record[f"loss_q{quartile}"] = _mean(
                 self.quartile_sums[quartile], float(self.quartile_weights[quartile])
             )
         record["grad_norm"] = _mean(self.grad_norm_sum, self.num_updates)
-        record["images_per_second"] = self.num_images / self.seconds if self.seconds else None
+        record["images_per_second"] = self.images_per_second
+        record["data_wait"] = min(self.waited / self.seconds, 1.0) if self.seconds else None
         return record
 
 

@@ -93,7 +93,7 @@ def test_log_forgets_what_came_after_the_checkpoint_and_half_lines(tmp_path):
 
 def test_progress_prints_lines_where_there_is_no_terminal(capsys):
     progress = Progress(total=100, initial=0, unit="img", every_seconds=0)
-    progress.advance(50, lambda: {"loss": 0.5})
+    progress.advance(50, lambda: {"loss": "0.5"})
     progress.close()
     line = capsys.readouterr().err
     assert "50 / 100 img (50 %)" in line and "ETA" in line and "loss 0.5" in line

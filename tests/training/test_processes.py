@@ -71,7 +71,7 @@ def test_under_torchrun_it_is_the_same_run_and_without_gradients_of_nothing(tmp_
     )
     assert result.returncode == 0, result.stderr
     assert fingerprint(tmp_path / "ours") == fingerprint(tmp_path / "theirs")
-    assert result.stdout.count("finished at 128 images") == 1 and result.stderr.count("parameters, fp32") == 1
+    assert result.stdout.count("finished at 128 images") == 1 and result.stderr.count(" parameters, ") == 1
 
 
 def wait_for_images(path: Path, images: int) -> None:

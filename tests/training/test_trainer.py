@@ -43,9 +43,19 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+# What depends on the machine, and on what else it does.
+SPEED = {"images_per_second", "data_wait", "tflops_per_second", "mfu", "memory_gib"}
+
+
 def records(path: Path) -> list[dict]:
-    lines = (path / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+    """What was measured, without what happened meanwhile."""
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in SPEED} for record in found if "event" not in record]
+
+
+def events(path: Path) -> list[dict]:
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in found if "event" in record]
 
 
 class StopAfter:
@@ -122,6 +132,42 @@ def test_a_stop_while_no_batch_comes_loses_no_step(tmp_path, uninterrupted):
     assert fingerprint(tmp_path) == fingerprint(uninterrupted)
 
 
+def test_a_resumed_run_records_it_and_keeps_what_happened_after_its_checkpoint(tmp_path):
+    with pytest.raises(Preempted):
+        make_trainer(tmp_path, stop=StopAfter(4)).run()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"images": 96, "event": "failed save"}\n{"images": 96, "loss": 1.0}\n')
+    make_trainer(tmp_path).run()
+    assert [(event["event"], event["images"]) for event in events(tmp_path)] == [
+        ("failed save", 96),
+        ("resume", 64),
+    ]
+    assert [record["images"] for record in records(tmp_path)] == [32, 64, 96, 128]
+
+
+def test_where_the_run_is_is_reported_with_every_record_and_what_takes_long(tmp_path):
+    trainer = make_trainer(tmp_path)
+    reports = []
+    trainer.report = reports.append
+    trainer.run()
+    assert [(facts["doing"], facts["images"]) for facts in reports] == [
+        ("starting", 0), ("training", 32), ("training", 64), ("training", 96), ("training", 128),
+    ]  # fmt: skip
+    assert reports[1]["images_per_second"] > 0 and reports[1]["eta_seconds"] > 0
+    reports.clear()
+    trainer._reported = -1e9  # long ago
+    trainer._perform(Periodic("probe", 48, lambda model, images, undertaking: undertaking.check() or {}))
+    assert [(facts["doing"], facts["images"]) for facts in reports] == [("probe", 128)]
+
+
+def test_a_status_that_cannot_be_written_does_not_end_training(tmp_path):
+    notes: list[str] = []
+    trainer = make_trainer(tmp_path, notes=notes)
+    (tmp_path / ".status.json.tmp").mkdir()
+    trainer.run()
+    assert trainer.images == 128 and any("status.json" in note for note in notes)
+
+
 def test_a_crash_between_checkpoints_is_bit_exact_and_logs_nothing_twice(tmp_path, uninterrupted):
     crashing = make_trainer(tmp_path)
     crashing.stop = StopAfter(5)
@@ -170,6 +216,14 @@ def test_log_records_are_complete(uninterrupted):
         }  # fmt: skip
         assert record["loss"] == pytest.approx(record["mse"] + record["vb"], rel=1e-5)
     assert [record["images"] for record in records(uninterrupted)] == [32, 64, 96, 128]
+
+
+def test_log_records_say_how_fast_it_went(uninterrupted):
+    for line in (uninterrupted / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert record["images_per_second"] > 0 and 0 <= record["data_wait"] <= 1 and record["memory_gib"] > 0
+        assert record["mfu"] is None and record["tflops_per_second"] is None  # of a CPU
+        assert set(record) >= SPEED
 
 
 def test_averages_are_saved_and_differ_from_the_weights(uninterrupted):
@@ -303,6 +357,7 @@ def test_a_non_finite_step_is_skipped_counted_and_leaves_no_trace(tmp_path):
     assert trainer.skipped_steps == 1 and trainer.averages.num_updates == 7
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
     assert records(tmp_path)[-1]["skipped_steps"] == 1
+    assert [(event["event"], event["step"]) for event in events(tmp_path)] == [("skipped step", 3)]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
@@ -353,6 +408,7 @@ def test_a_failing_save_is_survived_twice_and_ends_the_run_the_third_time(tmp_pa
     with pytest.raises(StorageError, match="disk full"):
         trainer.save(said.append)
     assert len(said) == 6  # each failure is retried once, and both are reported
+    assert [(event["event"], event["message"]) for event in events(tmp_path)] == 3 * [("failed save", "disk full")]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
