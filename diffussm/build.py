@@ -403,7 +403,7 @@ def build_trainer(
         processes=processes,
         throughput=Throughput(
             functools.partial(training_flops_of, config.model, system.latent_shape),
-            device_peak(system.device, precision.name),
+            device_peak(system.device, precision.name, precision.tf32),
             processes.world_size,
         ),
         profile=profile,

@@ -34,12 +34,11 @@ def find_peak(device_name: str, precision: str, uses_tf32: bool) -> float | None
     return None
 
 
-def device_peak(device: torch.device, precision: str) -> float | None:
+def device_peak(device: torch.device, precision: str, tf32: bool) -> float | None:
     """`find_peak` of a device that is here; None for a CPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return find_peak(name, precision, torch.get_float32_matmul_precision() != "highest")
+    return find_peak(torch.cuda.get_device_name(device), precision, tf32)
 
 
 def training_flops(forward_flops: int, is_recomputing: bool) -> int:
