@@ -133,7 +133,7 @@ def _write_failure(directory: RunDirectory, trainer: "Trainer", error: BaseExcep
         return
     if isinstance(error, RunDirectoryError) and not directory.is_open and trainer.processes.is_first:
         return  # it is another run's
-    if isinstance(error, PeerError) and not trainer.processes.is_first:
+    if isinstance(error, PeerError | KeyboardInterrupt) and not trainer.processes.is_first:
         return
     if isinstance(error, PeerError) and (directory.read_status() or {}).get("state") == "failed":
         return

@@ -21,6 +21,7 @@ def wrap_model(model: nn.Module, processes: Processes, num_parts: int) -> nn.Mod
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,  # they are constants
         gradient_as_bucket_view=True,
         # The graph is the same in every step, but a static one does not know of passes without reduction.
         static_graph=num_parts == 1,
