@@ -55,7 +55,9 @@ def _parts(setup: Setup) -> tuple[DiffuSSM, DDPMObjective, BatchLoader, torch.op
         d_state=setup.d_state,
     ).to(setup.device)
     objective = DDPMObjective(linear_schedule().to(setup.device))
-    loader = BatchLoader(Fake(num_classes=NUM_CLASSES, resolution=RESOLUTION), setup.batch_size, seed=0, with_labels=True)
+    loader = BatchLoader(
+        Fake(num_classes=NUM_CLASSES, resolution=RESOLUTION), setup.batch_size, seed=0, with_labels=True
+    )
     return model, objective, loader, adamw(model.named_parameters())
 
 

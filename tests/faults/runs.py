@@ -1,0 +1,47 @@
+"""What tests of faults know about a run by its directory, and the command of the smallest one."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from conftest import SMALL_RUN
+
+
+def command(path: Path, *overrides: str) -> list[str]:
+    """A small run in this directory, without pictures; later overrides win."""
+    return ["train", *SMALL_RUN, "sampler=none", f"run_dir={path}", "name=run", *overrides]
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """Those that are published, oldest first."""
+    return sorted((path / "checkpoints").glob("step-*"))
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over model, every EMA, optimiser tensors and step of the newest checkpoint."""
+    newest = checkpoints(path)[-1]
+    digest = hashlib.sha256()
+    for file in sorted(newest.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    digest.update(str(train_state(path)["step"]).encode())
+    return digest.hexdigest()
+
+
+def train_state(path: Path) -> dict:
+    """Where the newest checkpoint stands."""
+    return json.loads((checkpoints(path)[-1] / "train_state.json").read_text())
+
+
+def images(path: Path) -> int | None:
+    """Seen up to the newest checkpoint; None without one."""
+    return train_state(path)["images"] if checkpoints(path) else None
+
+
+def status(path: Path) -> dict:
+    return json.loads((path / "status.json").read_text())
+
+
+def records(path: Path) -> list[dict]:
+    """metrics.jsonl, but for what tells the time."""
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
