@@ -15,6 +15,7 @@ from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import ConfigError, PeerError, Preempted, RunDirectoryError, UserError
 from diffussm.runtime.launch import find_place, launch
 from diffussm.runtime.run_dir import RunDirectory, write_atomically
+from diffussm.runtime.signals import StopRequest
 
 if TYPE_CHECKING:
     from diffussm.data.images import Source
@@ -34,7 +35,8 @@ def run(options: argparse.Namespace) -> int:
         return launch(command, processes, config.trainer.max_restarts)
     if find_place().world_size == 1 and _check(directory, config):  # before torch is loaded
         return 0
-    return _train(config, directory)
+    with StopRequest() as stop:  # from now on, though it will be a while before there is a step to stop after
+        return _train(config, directory, stop)
 
 
 def _num_to_launch(config: DictConfig) -> int:
@@ -62,10 +64,9 @@ def _check(directory: RunDirectory, config: DictConfig) -> bool:
     return False
 
 
-def _train(config: DictConfig, directory: RunDirectory) -> int:
+def _train(config: DictConfig, directory: RunDirectory, stop: StopRequest) -> int:
     from diffussm.build import System, build_source, build_trainer, choose_device
     from diffussm.runtime.distributed import Processes
-    from diffussm.runtime.signals import StopRequest
 
     keep_freed_memory()
     processes = Processes.from_environment(config.trainer.timeout_seconds)
@@ -77,24 +78,23 @@ def _train(config: DictConfig, directory: RunDirectory) -> int:
         len(source)  # reads the data, or says why it cannot, before anything is created
         return source, trainer
 
-    with StopRequest() as stop:
-        device = processes.own_device(choose_device(config.device))
-        with processes.start(device):
-            if processes.world_size > 1:
-                _check_equal(config, processes)
-                if processes.on_first(lambda: _check(directory, config)):
-                    return 0
-            source, trainer = processes.on_all(build)
-            try:
-                processes.on_first(lambda: _open(directory, config, source, trainer))
-                trainer.run()
-            except BaseException as error:
-                _write_failure(directory, trainer, error)
-                raise
-            if processes.is_first:
-                directory.write_status("finished", images=trainer.images, step=trainer.step, exit_code=0)
-                pictures = f"; pictures in {directory.samples}" if config.sampler else ""
-                print(f"{directory.path}: finished at {trainer.images:,} images{pictures}")
+    device = processes.own_device(choose_device(config.device))
+    with processes.start(device):
+        if processes.world_size > 1:
+            _check_equal(config, processes)
+            if processes.on_first(lambda: _check(directory, config)):
+                return 0
+        source, trainer = processes.on_all(build)
+        try:
+            processes.on_first(lambda: _open(directory, config, source, trainer))
+            trainer.run()
+        except BaseException as error:
+            _write_failure(directory, trainer, error)
+            raise
+        if processes.is_first:
+            directory.write_status("finished", images=trainer.images, step=trainer.step, exit_code=0)
+            pictures = f"; pictures in {directory.samples}" if config.sampler else ""
+            print(f"{directory.path}: finished at {trainer.images:,} images{pictures}")
     return 0
 
 

@@ -19,6 +19,7 @@ import sklearn.datasets
 import torch
 import torch._dynamo  # seconds, and an optimiser needs it
 import torch.distributed.distributed_c10d
+from faults import injections
 
 import diffussm.build
 import diffussm.commands.encode
@@ -28,7 +29,6 @@ import diffussm.runtime.distributed
 import diffussm.runtime.launch
 import diffussm.runtime.signals
 from diffussm.cli import main
-from faults import injections
 
 PRELOADED = (sklearn.datasets, torch, diffussm)
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
@@ -70,7 +70,7 @@ class Forking:
     def __init__(self, request: Mapping[str, Any]) -> None:
         self.request = request
 
-    def Popen(  # noqa: N802
+    def Popen(
         self, command: list[str], env: Mapping[str, str], preexec_fn: Callable[[], None]
     ) -> "Forked":
         return Forked(self.request, env, preexec_fn)

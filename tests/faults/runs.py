@@ -7,9 +7,10 @@ from pathlib import Path
 from conftest import SMALL_RUN
 
 
-def command(path: Path, *overrides: str) -> list[str]:
-    """A small run in this directory, without pictures; later overrides win."""
-    return ["train", *SMALL_RUN, "sampler=none", f"run_dir={path}", "name=run", *overrides]
+def command(path: Path, *overrides: str, pictures: bool = False) -> list[str]:
+    """A small run in this directory, with or without pictures; later overrides win."""
+    sampler = "sampler=ddpm" if pictures else "sampler=none"
+    return ["train", *SMALL_RUN, sampler, f"run_dir={path}", "name=run", *overrides]
 
 
 def checkpoints(path: Path) -> list[Path]:
