@@ -181,7 +181,7 @@ def tell_draws(path: str) -> None:
 
 
 def small_files(limit: int, first: int, last: int) -> None:
-    """No file may grow beyond `limit` bytes from before step `first` to the end of step `last`: EFBIG, not death."""
+    """No file may grow beyond `limit` bytes from step `first` up to step `last`: EFBIG, not death."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def act(self: trainer.Trainer, *_: object) -> None:

@@ -70,9 +70,7 @@ class Forking:
     def __init__(self, request: Mapping[str, Any]) -> None:
         self.request = request
 
-    def Popen(
-        self, command: list[str], env: Mapping[str, str], preexec_fn: Callable[[], None]
-    ) -> "Forked":
+    def Popen(self, command: list[str], env: Mapping[str, str], preexec_fn: Callable[[], None]) -> "Forked":
         return Forked(self.request, env, preexec_fn)
 
 

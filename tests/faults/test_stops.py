@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, to whom and whenever they come: a full checkpoint of the last step, exit 75, nobody left."""
+"""SIGTERM and SIGUSR1, whoever gets them and when: a full checkpoint of the last step, exit 75, nobody left."""
 
 import os
 import shutil
