@@ -1,6 +1,7 @@
 """`diffussm train`: start a run, or continue it."""
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from diffussm.commands import note, print_config
 from diffussm.compose import compose
 from diffussm.config import drift
 from diffussm.runtime.allocator import keep_freed_memory
-from diffussm.runtime.errors import ConfigError, PeerError, Preempted, RunDirectoryError, UserError
+from diffussm.runtime.errors import ConfigError, PeerError, Preempted, RunDirectoryError, StorageError, UserError
 from diffussm.runtime.launch import find_place, launch
 from diffussm.runtime.run_dir import RunDirectory, write_atomically
 from diffussm.runtime.signals import StopRequest
@@ -137,13 +138,14 @@ def _write_failure(directory: RunDirectory, trainer: "Trainer", error: BaseExcep
         return
     if isinstance(error, PeerError) and (directory.read_status() or {}).get("state") == "failed":
         return
-    directory.write_status(
-        "preempted" if isinstance(error, Preempted) else "failed",
-        images=trainer.images,
-        step=trainer.step,
-        exit_code=error.exit_code if isinstance(error, UserError) else 1,
-        message=str(error) or repr(error),
-    )
+    with contextlib.suppress(StorageError):  # a disk that is full may be what ended it, and that is to be told
+        directory.write_status(
+            "preempted" if isinstance(error, Preempted) else "failed",
+            images=trainer.images,
+            step=trainer.step,
+            exit_code=error.exit_code if isinstance(error, UserError) else 1,
+            message=str(error) or repr(error),
+        )
 
 
 def _check_drift(directory: RunDirectory, config: DictConfig) -> None:

@@ -1,5 +1,6 @@
 """Metrics as JSON lines, the truth about a run, and what a person sees of it meanwhile."""
 
+import contextlib
 import json
 import sys
 import time
@@ -18,6 +19,7 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._waiting: list[str] = []
 
     def rewind(self, images: int) -> None:
         """Drop what a killed run logged after the checkpoint at `images`, and a half-written last line."""
@@ -34,12 +36,28 @@ class MetricsLog:
         write_atomically(self.path, "".join(kept).encode())
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record, flushed, so that a crash of this process loses nothing."""
+        """Append one record, safe from a crash of this process; on a full disk it waits for `settle`."""
+        self._waiting.append(json.dumps(dict(record)) + "\n")
+        with contextlib.suppress(StorageError):
+            self.settle()
+
+    def settle(self) -> None:
+        """Write what had to wait, whole lines only; StorageError if it still has to."""
+        if not self._waiting:
+            return
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(dict(record)) + "\n")
+            with self.path.open("ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    rest = "".join(self._waiting).encode()
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(end)
+                    raise
         except OSError as error:
             raise StorageError(f"{self.path}: {error.strerror}: free some space") from error
+        self._waiting.clear()
 
 
 class Progress:

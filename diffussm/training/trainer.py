@@ -341,13 +341,14 @@ class Trainer:
                     self.pending.remove(periodic.name)
 
     def finish(self) -> None:
-        """The last pictures and evaluations; harmless to repeat."""
+        """The last pictures and evaluations, and their records; harmless to repeat."""
         for periodic in self.periodic:
             self._perform(periodic)
             if self.is_stopping:
                 raise self.processes.told_by_first(
                     Preempted(f"stopped by signal after the last step, in its {periodic.name}: run it again")
                 )
+        self.processes.on_first(self.log.settle)
 
     def metrics(self) -> dict[str, Any]:
         """The record of the steps since the last one."""
@@ -392,6 +393,7 @@ class Trainer:
         documents = {"train_state": asdict(train_state), "config": dict(self.config)}
         for _ in range(2):
             try:
+                self.log.settle()  # or a restart from here would miss what waits
                 self.checkpoints.save(self.step, tensors, documents)
                 self.failed_saves = 0
                 return

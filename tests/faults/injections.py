@@ -91,7 +91,20 @@ def tell_steps() -> None:
 
 
 def slow_steps(seconds: float) -> None:
+    """Every step takes this much longer."""
     before(trainer.Trainer, "run_step", lambda *_: time.sleep(seconds))
+
+
+def hold(step: int, path: str) -> None:
+    """BEGIN hold is printed before this step, which is taken when there is a file at `path`."""
+
+    def wait(self: trainer.Trainer, batch: object) -> None:
+        if self.step == step:
+            say(f"BEGIN hold {step}")
+            while not Path(path).exists():
+                time.sleep(0.01)
+
+    before(trainer.Trainer, "run_step", wait)
 
 
 def end(rank: int, step: int, number: int, attempt: int = 0) -> None:

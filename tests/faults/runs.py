@@ -6,6 +6,8 @@ from pathlib import Path
 
 from conftest import SMALL_RUN
 
+TIMES = {"images_per_second", "data_wait", "tflops_per_second", "mfu", "memory_gib"}
+
 
 def command(path: Path, *overrides: str, pictures: bool = False) -> list[str]:
     """A small run in this directory, with or without pictures; later overrides win."""
@@ -43,6 +45,6 @@ def status(path: Path) -> dict:
 
 
 def records(path: Path) -> list[dict]:
-    """metrics.jsonl, but for what tells the time."""
-    lines = (path / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+    """What metrics.jsonl says about the training, but for what tells the time."""
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in found if "event" not in record]
