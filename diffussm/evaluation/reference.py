@@ -37,7 +37,7 @@ class Reference:
                 labels = arrays.get("held_out_labels")
                 self.held_out_labels = None if labels is None else torch.from_numpy(labels)
                 self.preprocessing = str(arrays.get("preprocessing", "unknown"))
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, MemoryError, zipfile.BadZipFile) as error:
             raise DataError(f"evaluation.reference={path}: not a reference file: {error}") from error
         self.path, self.sha256 = path, hashlib.sha256(content).hexdigest()
 

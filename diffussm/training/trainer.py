@@ -9,7 +9,7 @@ model, objective and batches by protocol only.
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -419,6 +419,12 @@ class Trainer:
                 return None
             checkpoint.check_model(self.model.state_dict())
             document = checkpoint.document("train_state")
+            _check_train_state(document, checkpoint.path)
+            if missing := self.averages.state().keys() - set(checkpoint.ema_names):
+                raise RunDirectoryError(
+                    f"{checkpoint.path}: holds {', '.join(checkpoint.ema_names)} and not {', '.join(missing)}: "
+                    "restore trainer.ema_decays or choose another name"
+                )
             # Before the first step any data will do: imported weights know none of ours.
             if document["images"] and document["data"] != dict(self.batches.fingerprint):
                 raise RunDirectoryError(
@@ -447,6 +453,8 @@ class Trainer:
         parameters = dict(self.model.named_parameters())
         for key, tensor in read("optimizer").items():
             name, _, field = key.rpartition("/")
+            if name not in parameters or tensor.shape not in ((), parameters[name].shape):
+                raise RunDirectoryError(f"optimizer.safetensors of the checkpoint: {key} is of no parameter here")
             self.optimizer.state[parameters[name]][field] = tensor.to(self.device)
         if objective := read("objective"):
             self.objective.load(objective)
@@ -484,6 +492,21 @@ class Trainer:
     def _log(self, record: Mapping[str, Any]) -> None:
         if self.processes.is_first:
             self.log.write(record)
+
+
+def _check_train_state(document: Mapping[str, Any], where: object) -> None:
+    """RunDirectoryError unless this is what a TrainState becomes as JSON."""
+    counts = ("step", "images", "ema_updates", "skipped_steps")
+    known = {item.name for item in fields(TrainState)}
+    whole = (
+        "data" in document
+        and document.keys() <= known
+        and all(isinstance(document.get(name, 0), int) and document.get(name, 0) >= 0 for name in counts)
+        and isinstance(document.get("pending", []), list)
+        and isinstance(document.get("window"), dict | None)
+    )
+    if not whole:
+        raise RunDirectoryError(f"{where}/train_state.json: not what a checkpoint holds: use another checkpoint")
 
 
 def split(batch_size: int, processes: Processes, device_batch_size: int | None) -> list[range]:

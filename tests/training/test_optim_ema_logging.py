@@ -52,6 +52,7 @@ def test_learning_rate_warms_up_stays_and_decays():
     assert learning_rate_factor(5, 0, 0, 10) == 1
 
 
+@pytest.mark.fault("G23")
 def test_averages_follow_the_closed_form():
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
