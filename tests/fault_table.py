@@ -146,7 +146,11 @@ def _table() -> Iterator[str]:
     for name in (name for name in ROWS if name in _outcomes):
         row, outcomes = ROWS[name], list(_outcomes[name].values())
         passed = f"{outcomes.count('passed')}/{len(outcomes)}"
-        found = "\n".join(text + (f" (of {wanted})" if wanted else "") for text, wanted in _figures[name])
+        found = (
+            f"{passed} refused or survived"
+            if not _figures[name]
+            else "\n".join(text + (f" (of {wanted})" if wanted else "") for text, wanted in _figures[name])
+        )
         is_lost = set(outcomes) - {"passed", "skipped"}
         yield from _cells(
             (name, row.fault, row.promise, row.figure, found, passed + " FAIL" * bool(is_lost)), widths

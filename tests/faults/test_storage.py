@@ -85,23 +85,34 @@ def fill(path: Path) -> Path:
     raise AssertionError("there is always room")
 
 
+def end_at_a_page(path: Path) -> None:
+    """Add a line of no meaning, so that the next one needs more room than the file has."""
+    start, stop = '{"images": 0, "event": "', '"}\n'
+    rest = -(path.stat().st_size + len(start + stop)) % 4096
+    with path.open("a") as file:
+        file.write(start + rest * "x" + stop)
+
+
 @pytest.mark.fault("G4")
 @pytest.mark.parametrize("is_freed", [True, pytest.param(False, marks=slow)], ids=["for a while", "for good"])
 def test_a_full_disk_costs_no_record_and_no_older_checkpoint(jobs, disk, tmp_path, figure, is_freed):
     path, held = disk / "run", [tmp_path / "filled", tmp_path / "freed"]
-    faults = [("hold", 8, str(held[0])), ("hold", 10, str(held[1]))]
-    job = jobs.start(*command(path, "trainer.total_images=256"), faults=faults)
-    job.wait_for("BEGIN hold 8")
+    faults = [("hold", 12, str(held[0])), ("hold", 16, str(held[1]))]
+    overrides = ("trainer.total_images=384", "trainer.log_every_images=16")
+    job = jobs.start(*command(path, *overrides), faults=faults)
+    job.wait_for("BEGIN hold 12")
+    end_at_a_page(path / "metrics.jsonl")
     before, filler = checkpoints(path), fill(disk / "filler")
     held[0].touch()
-    job.wait_for("BEGIN hold 10")  # with one save that failed in between, and a record that waits
-    assert job.said.count("saving failed") == 2 and checkpoints(path) == before
+    job.wait_for("BEGIN hold 16")  # with two saves that failed in between, and records that wait
+    assert job.said.count("saving failed") == 4 and checkpoints(path) == before
+    assert 12 <= len(records(path)) < 16
     if is_freed:
         filler.unlink()
     held[1].touch()
     if is_freed:
         assert job.wait() == 0, job.said
-        jobs.run(*command(tmp_path / "whole", "trainer.total_images=256"))
+        jobs.run(*command(tmp_path / "whole", *overrides))
         assert fingerprint(path) == fingerprint(tmp_path / "whole")
         assert records(path) == records(tmp_path / "whole")
         figure(f"tmpfs: {len(partial(path))} partial files, 0 of {len(records(path))} records lost")
