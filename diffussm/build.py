@@ -7,6 +7,7 @@ with the key in it, whether it came from the command line, a file or Python.
 import contextlib
 import functools
 import inspect
+import logging
 import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -635,7 +636,7 @@ def refuse_foreign_code(config: DictConfig, where: str) -> None:
         if not key.endswith("_target_"):
             continue
         # Where the object is defined counts: diffussm.data.images.hashlib is no part of ours.
-        ours = str(value).startswith("diffussm.") and hydra.utils.get_object(str(value))
+        ours = str(value).startswith("diffussm.") and _find_object(str(value), key)
         if not ours or not str(getattr(ours, "__module__", "")).startswith(TRUSTED_MODULES):
             raise RunDirectoryError(
                 f"{where}: its configuration calls {key}={value}, which is no part of diffussm to build with: "
@@ -649,10 +650,7 @@ def check_signature(node: DictConfig, key: str) -> DictConfig:
     Returns the group with integers made floats where the target wants floats.
     """
     node = node.copy()
-    try:
-        target = hydra.utils.get_object(node._target_)
-    except Exception as error:  # whatever importing a user's module may raise
-        raise ConfigError(f"{key}._target_={node._target_}: cannot be imported: {error}") from error
+    target = _find_object(node._target_, f"{key}._target_")
     parameters = inspect.signature(target).parameters
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -666,6 +664,18 @@ def check_signature(node: DictConfig, key: str) -> DictConfig:
         if hints.get(name) is float:
             node[name] = float(value)
     return node
+
+
+def _find_object(name: str, key: str) -> Any:
+    """What a dotted name stands for; ConfigError names the key if there is no such thing."""
+    logger = logging.getLogger("hydra.utils")
+    before, logger.disabled = logger.disabled, True  # it has its own account of a failure, of several lines
+    try:
+        return hydra.utils.get_object(name)
+    except Exception as error:  # whatever importing a user's module may raise
+        raise ConfigError(f"{key}={name}: cannot be imported: {error}") from error
+    finally:
+        logger.disabled = before
 
 
 def _fits(value: Any, hint: Any) -> bool:

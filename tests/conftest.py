@@ -3,10 +3,18 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fault_table import (  # noqa: F401  (pytest finds them here)
+    figure,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_runtest_logreport,
+    pytest_terminal_summary,
+)
+from faults.jobs import Jobs
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # processes started by tests must not starve each other
@@ -64,3 +72,19 @@ def diffussm(in_tmp: Path) -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """Where jobs are started from, once for all tests."""
+    jobs = Jobs(tmp_path_factory.mktemp("jobs"))
+    yield jobs
+    jobs.close()
+
+
+@pytest.fixture
+def jobs(nursery: Jobs) -> Iterator[Jobs]:
+    """Starts commands as processes that can be killed; whatever a test leaves running is its failure."""
+    yield nursery
+    left = nursery.orphans()
+    assert not left, f"processes outlive their job: {left}"

@@ -28,6 +28,7 @@ from diffussm.config import TrainConfig
 from diffussm.evaluation.features import DIGITS_WEIGHTS
 from diffussm.models import DiT
 from diffussm.models.layouts import to_diffusers
+from diffussm.training.checkpoint import seal
 
 DIGITS = ("train", "experiment=digits")
 NO_WEIGHTS, WITH_WIDTH = "evaluation.extractor.weights=nowhere.pth", "evaluation.extractor.precision=fp8"
@@ -249,6 +250,7 @@ BAD_INPUT = [
 ]
 
 
+@pytest.mark.fault("G14")
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     BAD_INPUT,
@@ -276,6 +278,7 @@ def test_processes_and_what_does_not_fit_them_are_refused(diffussm, in_tmp, over
     assert list(in_tmp.iterdir()) == []
 
 
+@pytest.mark.fault("G21")
 def test_a_file_in_place_of_the_run_directory_is_named(in_tmp, capsys):
     (in_tmp / "runs").write_text("mine")
     assert main(DIGITS) == 73
@@ -311,6 +314,7 @@ def test_overrides_may_follow_options(in_tmp, capsys):
         main([*DIGITS, "--print-confg"])
 
 
+@pytest.mark.fault("G21")
 def test_a_run_directory_in_use_is_refused_before_any_work(run, capsys):
     with (run / ".lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -454,10 +458,11 @@ def forge(run: Path, tmp_path: Path, key: str, node: dict) -> Path:
     (checkpoint / "config.json").write_bytes(content)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"]["config.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.json").write_text(json.dumps(seal(manifest)))
     return checkpoint
 
 
+@pytest.mark.fault("G6")
 @pytest.mark.parametrize(
     "node",
     [
@@ -494,6 +499,7 @@ def test_the_class_of_an_image_does_not_depend_on_how_many_are_drawn(chosen):
     assert torch.equal(few, many[:4])
 
 
+@pytest.mark.fault("G2")
 def test_a_signal_to_the_whole_process_group_ends_in_a_checkpoint(in_tmp):
     """As timeout, SLURM and a terminal send it: the loader's workers get it too."""
     arguments = [
@@ -839,7 +845,7 @@ def test_a_checkpoint_from_before_imports_still_resumes(run, tmp_path):
         "size": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.json").write_text(json.dumps(seal(manifest)))
     arguments = ["train", *SMALL_RUN, f"run_dir={tmp_path / 'forged'}", "trainer.total_images=144"]
     assert main(arguments) == 0
 
@@ -851,6 +857,7 @@ def wait_for(path: Path, text: str, process: subprocess.Popen) -> None:
         os.sched_yield()
 
 
+@pytest.mark.fault("G1")
 @pytest.mark.parametrize(
     ("number", "code", "state"),
     [(signal.SIGTERM, 75, "preempted"), (signal.SIGUSR1, 75, "preempted"), (signal.SIGKILL, -9, "running")],

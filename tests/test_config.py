@@ -71,6 +71,7 @@ def set_key(tree, key: str, value) -> None:
     tree[int(parts[-1]) if isinstance(tree, list) else parts[-1]] = value
 
 
+@pytest.mark.fault("G16")
 def test_drift_of_every_key_in_turn_is_found_and_judged():
     before = resolved()
     keys = [key for key, _ in config.leaves(before)]

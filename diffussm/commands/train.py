@@ -1,6 +1,7 @@
 """`diffussm train`: start a run, or continue it."""
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +13,10 @@ from diffussm.commands import note, print_config
 from diffussm.compose import compose
 from diffussm.config import drift
 from diffussm.runtime.allocator import keep_freed_memory
-from diffussm.runtime.errors import ConfigError, PeerError, Preempted, RunDirectoryError, UserError
+from diffussm.runtime.errors import ConfigError, PeerError, Preempted, RunDirectoryError, StorageError, UserError
 from diffussm.runtime.launch import find_place, launch
 from diffussm.runtime.run_dir import RunDirectory, write_atomically
+from diffussm.runtime.signals import StopRequest
 
 if TYPE_CHECKING:
     from diffussm.build import System
@@ -39,7 +41,8 @@ def run(options: argparse.Namespace) -> int:
         return launch(command, processes, config.trainer.max_restarts)
     if find_place().world_size == 1 and _check(directory, config):  # before torch is loaded
         return 0
-    return _train(config, directory)
+    with StopRequest() as stop:  # from now on, though it will be a while before there is a step to stop after
+        return _train(config, directory, stop)
 
 
 def _num_to_launch(config: DictConfig) -> int:
@@ -80,10 +83,9 @@ def _check(directory: RunDirectory, config: DictConfig) -> bool:
     return False
 
 
-def _train(config: DictConfig, directory: RunDirectory) -> int:
+def _train(config: DictConfig, directory: RunDirectory, stop: StopRequest) -> int:
     from diffussm.build import System, build_source, build_trainer, choose_device
     from diffussm.runtime.distributed import Processes
-    from diffussm.runtime.signals import StopRequest
 
     keep_freed_memory()
     processes = Processes.from_environment(config.trainer.timeout_seconds)
@@ -99,26 +101,25 @@ def _train(config: DictConfig, directory: RunDirectory) -> int:
             trainer.initial = read_initial_weights(config, trainer.model, note)
         return source, system, trainer
 
-    with StopRequest() as stop:
-        device = processes.own_device(choose_device(config.device))
-        with processes.start(device):
-            if processes.world_size > 1:
-                _check_equal(config, processes)
-                if processes.on_first(lambda: _check(directory, config)):
-                    return 0
-            source, system, trainer = processes.on_all(build)
-            try:
-                processes.on_first(lambda: _open(directory, source, system, trainer))
-                trainer.run()
-            except BaseException as error:
-                _write_failure(directory, trainer, error)
-                raise
-            finally:
-                trainer.log.close()
-            if processes.is_first:
-                directory.write_status("finished", images=trainer.images, step=trainer.step, exit_code=0)
-                pictures = f"; pictures in {directory.samples}" if config.sampler else ""
-                print(f"{directory.path}: finished at {trainer.images:,} images{pictures}")
+    device = processes.own_device(choose_device(config.device))
+    with processes.start(device):
+        if processes.world_size > 1:
+            _check_equal(config, processes)
+            if processes.on_first(lambda: _check(directory, config)):
+                return 0
+        source, system, trainer = processes.on_all(build)
+        try:
+            processes.on_first(lambda: _open(directory, source, system, trainer))
+            trainer.run()
+        except BaseException as error:
+            _write_failure(directory, trainer, error)
+            raise
+        finally:
+            trainer.log.close()
+        if processes.is_first:
+            directory.write_status("finished", images=trainer.images, step=trainer.step, exit_code=0)
+            pictures = f"; pictures in {directory.samples}" if config.sampler else ""
+            print(f"{directory.path}: finished at {trainer.images:,} images{pictures}")
     return 0
 
 
@@ -167,13 +168,14 @@ def _write_failure(directory: RunDirectory, trainer: "Trainer", error: BaseExcep
         return
     if isinstance(error, PeerError) and (directory.read_status() or {}).get("state") == "failed":
         return
-    directory.write_status(
-        "preempted" if isinstance(error, Preempted) else "failed",
-        images=trainer.images,
-        step=trainer.step,
-        exit_code=error.exit_code if isinstance(error, UserError) else 1,
-        message=str(error) or repr(error),
-    )
+    with contextlib.suppress(StorageError):  # a disk that is full may be what ended it, and that is to be told
+        directory.write_status(
+            "preempted" if isinstance(error, Preempted) else "failed",
+            images=trainer.images,
+            step=trainer.step,
+            exit_code=error.exit_code if isinstance(error, UserError) else 1,
+            message=str(error) or repr(error),
+        )
 
 
 def _check_drift(directory: RunDirectory, config: DictConfig) -> None:

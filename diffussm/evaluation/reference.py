@@ -47,7 +47,16 @@ class Reference:
                 raise ValueError("has neither mu and sigma nor arr_0")
             if self.pool is None and self.spatial is not None:
                 raise ValueError("has mu_s and sigma_s, but no mu and sigma")
-        except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            RuntimeError,
+            MemoryError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise DataError(f"evaluation.reference={path}: not a reference file: {error}") from error
         self.path = path
         self.preprocessing = str(arrays.get("preprocessing", "unknown"))

@@ -87,6 +87,8 @@ def launch(command: Sequence[str], num_processes: int, max_restarts: int = 0) ->
             started = time.monotonic()
             job = _Job(command, num_processes, attempt, received)
             code = job.wait()
+            if received and code == 128 + received[0]:
+                return Preempted.exit_code  # they had not begun: it ended them before they could ask what it was
             if code in (0, *FINAL_CODES) or received:
                 return code
             if time.monotonic() - started > LASTING_SECONDS:

@@ -41,7 +41,10 @@ class OwnedDirectory:
     def open(self) -> None:
         """Create the directory and take its lock; refuse if another process holds it."""
         self.check()
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._error(f"{error.strerror}: choose another {self.remedy}") from error
         self._lock = self._take_lock()
         # A child would hold the lock too, and some seconds longer than this process if that is killed.
         close = weakref.WeakMethod(self.close)
@@ -115,6 +118,12 @@ class RunDirectory(OwnedDirectory):
 def refuse_unwritable(path: Path, setting: str, remedy: str) -> None:
     """RunDirectoryError, which says `setting`, where no directory `path` is or could be made to write to."""
     for part in (path, *path.parents):
+        try:
+            leads_nowhere = part.is_symlink() and not part.exists()
+        except OSError as error:
+            raise RunDirectoryError(f"{setting}: {error.strerror}: choose another {remedy}") from error
+        if leads_nowhere:
+            raise RunDirectoryError(f"{setting}: {part} is a link to nowhere: choose another {remedy}")
         if part.exists():
             if not part.is_dir():
                 raise RunDirectoryError(f"{setting}: {part} is a file: choose another {remedy}")

@@ -56,11 +56,25 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of NAME.safetensors."""
-        return safetensors.torch.load_file(self._known(f"{name}.safetensors"))
+        path = self._known(f"{name}.safetensors")
+        try:
+            tensors = safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise _not_ours(path, error) from None
+        if (name == "model" or name in self.ema_names) and _describe(tensors) != self.manifest["model"]:
+            raise _not_ours(path, "other tensors than its manifest says")
+        return tensors
 
     def document(self, name: str) -> dict[str, Any]:
         """The content of NAME.json."""
-        return json.loads(self._known(f"{name}.json").read_bytes())
+        path = self._known(f"{name}.json")
+        try:
+            document = json.loads(path.read_bytes())
+            if not isinstance(document, dict):
+                raise ValueError(f"holds a {type(document).__name__}")
+        except (ValueError, RecursionError) as error:
+            raise _not_ours(path, error) from None
+        return document
 
     def check_model(self, state: Mapping[str, Tensor]) -> None:
         """Refuse, naming both sides, unless this is a checkpoint of a model with these tensors."""
@@ -112,7 +126,7 @@ class CheckpointStore:
                 "model": _describe(next(iter(tensors.values()))),
                 "files": files,
             }
-            write_and_sync(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
+            write_and_sync(temporary / MANIFEST, json.dumps(seal(manifest), indent=2).encode())
             sync_directory(temporary)
             if path.exists():  # a damaged one that was passed over, or the same step saved twice
                 shutil.rmtree(path)
@@ -173,6 +187,17 @@ def find_checkpoint(path: Path, warn: Callable[[str], None] = print, key: str = 
     return checkpoint
 
 
+def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the SHA-256 of all that it says beside it, by which its own damage is found."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
+def _not_ours(path: Path, error: object) -> RunDirectoryError:
+    """For a file that is what its manifest says, and yet not what a checkpoint holds."""
+    return RunDirectoryError(f"{path}: not written by diffussm ({error}): use another checkpoint")
+
+
 def _describe(state: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in sorted(state.items())}
 
@@ -187,27 +212,38 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_bytes())
         version, names, model = manifest["format_version"], list(manifest["files"]), manifest["model"]
-        whole = all(_FILE.fullmatch(name) for name in names) and isinstance(model, dict)
+        entries = [(entry["size"], entry["sha256"]) for entry in manifest["files"].values()]
+        whole = (
+            all(_FILE.fullmatch(name) for name in names)
+            and all(isinstance(size, int) and isinstance(sha256, str) for size, sha256 in entries)
+            and isinstance(model, dict)
+            and manifest.keys() <= {"format_version", "model", "files", "sha256"}
+        )
     except FileNotFoundError:
         raise RunDirectoryError(f"{file}: missing: not a complete checkpoint") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunDirectoryError(f"{file}: damaged ({type(error).__name__}): use another checkpoint") from None
     if not whole or not any(name.endswith(".safetensors") for name in names):
         raise RunDirectoryError(f"{file}: damaged or hostile: file names or contents that no checkpoint has")
     if version != FORMAT_VERSION:
         raise RunDirectoryError(f"{file}: format_version {version}, this diffussm reads {FORMAT_VERSION}")
+    if "sha256" in manifest and seal(manifest) != manifest:  # earlier ones have none
+        raise RunDirectoryError(f"{file}: damaged: not what its own SHA-256 says: use another checkpoint")
     return manifest
 
 
 def _verify(path: Path, entry: Mapping[str, Any]) -> None:
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-                size += len(chunk)
+        is_file, size = path.is_file(), path.stat().st_size  # a device or a pipe may never end
+        if is_file and size == entry["size"]:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
     except OSError as error:
         raise RunDirectoryError(f"{path}: {error.strerror}: use another checkpoint") from None
+    if not is_file:
+        raise RunDirectoryError(f"{path}: no file: use another checkpoint")
     if size != entry["size"]:
         raise RunDirectoryError(f"{path}: truncated: expected {entry['size']} bytes, found {size}")
     if digest.hexdigest() != entry["sha256"]:

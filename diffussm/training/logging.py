@@ -27,6 +27,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, relays: Sequence[Relay] = ()) -> None:
         self.path, self.relays = path, relays
+        self._waiting: list[str] = []
 
     def start(self, images: int) -> None:
         """Let the loggers begin, for a run that has seen so many images."""
@@ -53,19 +54,34 @@ class MetricsLog:
         write_atomically(self.path, "".join(kept).encode())
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record, flushed, so that a crash of this process loses nothing."""
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(dict(record)) + "\n")
-        except OSError as error:
-            raise StorageError(f"{self.path}: {error.strerror}: free some space") from error
+        """Append one record, safe from a crash of this process; on a full disk it waits for `settle`."""
+        self._waiting.append(json.dumps(dict(record)) + "\n")
+        with contextlib.suppress(StorageError):
+            self.settle()
         for relay in self.relays:
             relay.write(record)
 
+    def settle(self) -> None:
+        """Write what had to wait, whole lines only; StorageError if it still has to."""
+        if not self._waiting:
+            return
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    rest = "".join(self._waiting).encode()
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            raise StorageError(f"{self.path}: {error.strerror}: free some space") from error
+        self._waiting.clear()
+
     def add_event(self, name: str, images: int, **facts: Any) -> None:
-        """Record what happened to the run; where that cannot be written, training need not end for it."""
-        with contextlib.suppress(StorageError):
-            self.write({"images": images, "event": name, "time": time.strftime(TIME_FORMAT), **facts})
+        """Record what happened to the run."""
+        self.write({"images": images, "event": name, "time": time.strftime(TIME_FORMAT), **facts})
 
     def show(self, images: int, name: str, picture: Path) -> None:
         """Hand a picture that was drawn to the loggers."""

@@ -10,7 +10,7 @@ model, objective and batches by protocol only.
 import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -414,13 +414,14 @@ class Trainer:
                     self.pending.remove(periodic.name)
 
     def finish(self) -> None:
-        """The last pictures and evaluations; harmless to repeat."""
+        """The last pictures and evaluations, and their records; harmless to repeat."""
         for periodic in self.periodic:
             self._perform(periodic)
             if self.is_stopping:
                 raise self.processes.told_by_first(
                     Preempted(f"stopped by signal after the last step, in its {periodic.name}: run it again")
                 )
+        self.processes.on_first(self.log.settle)
 
     def metrics(self) -> dict[str, Any]:
         """The record of the steps since the last one."""
@@ -462,6 +463,7 @@ class Trainer:
         documents = {"train_state": asdict(train_state), "config": dict(self.config)}
         for _ in range(2):
             try:
+                self.log.settle()  # or a restart from here would miss what waits
                 self.checkpoints.save(self.step, tensors, documents)
                 self.failed_saves = 0
                 return
@@ -509,6 +511,12 @@ class Trainer:
                 return None
             checkpoint.check_model(self.model.state_dict())
             document = checkpoint.document("train_state")
+            _check_train_state(document, checkpoint.path)
+            if missing := self.averages.state().keys() - set(checkpoint.ema_names):
+                raise RunDirectoryError(
+                    f"{checkpoint.path}: holds {', '.join(checkpoint.ema_names)} and not {', '.join(missing)}: "
+                    "restore trainer.ema_decays or choose another name"
+                )
             # Before the first step any data will do: imported weights know none of ours.
             if document["images"] and document["data"] != dict(self.batches.fingerprint):
                 raise RunDirectoryError(
@@ -557,6 +565,8 @@ class Trainer:
         parameters = dict(self.model.named_parameters())
         for key, tensor in read("optimizer").items():
             name, _, field = key.rpartition("/")
+            if name not in parameters or tensor.shape not in ((), parameters[name].shape):
+                raise RunDirectoryError(f"optimizer.safetensors of the checkpoint: {key} is of no parameter here")
             self.optimizer.state[parameters[name]][field] = tensor.to(self.device)
         if objective := read("objective"):
             self.objective.load(objective)
@@ -622,6 +632,21 @@ class Trainer:
                 "limit_seconds": limit_seconds,
             }
         )
+
+
+def _check_train_state(document: Mapping[str, Any], where: object) -> None:
+    """RunDirectoryError unless this is what a TrainState becomes as JSON."""
+    counts = ("step", "images", "ema_updates", "skipped_steps")
+    known = {item.name for item in fields(TrainState)}
+    whole = (
+        "data" in document
+        and document.keys() <= known
+        and all(isinstance(document.get(name, 0), int) and document.get(name, 0) >= 0 for name in counts)
+        and isinstance(document.get("pending", []), list)
+        and isinstance(document.get("window"), dict | None)
+    )
+    if not whole:
+        raise RunDirectoryError(f"{where}/train_state.json: not what a checkpoint holds: use another checkpoint")
 
 
 def split(batch_size: int, processes: Processes, device_batch_size: int | None) -> list[range]:

@@ -175,6 +175,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault("G8")
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_no_picture_says_why_in_one_short_line(kind, tmp_path):

@@ -194,6 +194,7 @@ def test_bad_images_of_earlier_starts_count(tmp_path):
     assert names[0] == "old.png" and sorted(names[1:]) == ["3.png", "4.png"]
 
 
+@pytest.mark.fault("G8")
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(
     ("length", "bad", "fraction", "said"),

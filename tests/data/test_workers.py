@@ -63,6 +63,7 @@ def is_alive(pid: int | str) -> bool:
         return False
 
 
+@pytest.mark.fault("G12")
 @pytest.mark.parametrize("source", [Slow(50), Latents()], ids=["images", "latents"])
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_killed_workers_change_nothing(source, num_workers):
@@ -82,6 +83,7 @@ def test_killed_workers_change_nothing(source, num_workers):
     assert all("was killed by SIGKILL" in note for note in notes)
 
 
+@pytest.mark.fault("G12")
 def test_a_worker_killed_while_it_works_or_waits_is_not_missed():
     """At any moment, rather than between two batches."""
     reference = list(islice(BatchLoader(Slow(50), 8, 1, True).starting_at(0), 30))

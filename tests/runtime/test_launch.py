@@ -111,6 +111,16 @@ def test_a_signal_reaches_all_and_a_stop_in_good_order_takes_its_time(command, t
     assert launcher.wait(20) == 75
 
 
+def test_a_signal_before_there_is_anybody_to_heed_it_is_a_stop_too(command, tmp_path):
+    """Of processes that are still importing: nothing is lost, and the scheduler may run it again."""
+    code = "import sys, diffussm.runtime.launch as l; sys.exit(l.launch(sys.argv[1:], 2, 3))"
+    launcher = subprocess.Popen([sys.executable, "-c", code, *command("time.sleep(60)")])
+    while len([path for path in (tmp_path / "out").iterdir() if path.read_text()]) < 2:
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGUSR1)
+    assert launcher.wait(20) == 75 and started(tmp_path) == ["0 0", "1 0"]
+
+
 def test_no_process_outlives_a_launcher_that_is_killed(command, tmp_path):
     code = "from diffussm.runtime.launch import launch; import sys; launch(sys.argv[1:], 2)"
     launcher = subprocess.Popen([sys.executable, "-c", code, *command("time.sleep(60)")])

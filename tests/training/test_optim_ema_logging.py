@@ -1,12 +1,15 @@
 """Parameter groups, schedules, averages and the metrics log."""
 
 import json
+import resource
+import signal
 
 import pytest
 import torch
 from torch import nn
 
 from diffussm.models import DiffuSSM
+from diffussm.runtime.errors import StorageError
 from diffussm.training.ema import ModelAverages
 from diffussm.training.logging import MetricsLog, Progress
 from diffussm.training.optim import adamw, describe_groups, learning_rate_factor
@@ -49,6 +52,7 @@ def test_learning_rate_warms_up_stays_and_decays():
     assert learning_rate_factor(5, 0, 0, 10) == 1
 
 
+@pytest.mark.fault("G23")
 def test_averages_follow_the_closed_form():
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
@@ -107,3 +111,21 @@ def test_progress_draws_a_bar_on_a_terminal(monkeypatch, capsys):
     progress.close()
     shown = capsys.readouterr().err
     assert "70/100" in shown.replace(".0", "") and "a note" in shown
+
+
+def test_a_record_that_finds_no_room_waits_and_leaves_no_half_line(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write({"images": 10})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))  # room for four bytes more
+        log.write({"images": 20})
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: File too large: free some space"):
+            log.settle()
+        assert log.path.read_text() == '{"images": 10}\n'
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    log.write({"images": 30})
+    assert [json.loads(line)["images"] for line in log.path.read_text().splitlines()] == [10, 20, 30]

@@ -194,6 +194,7 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(t
     assert fingerprint(tmp_path) == fingerprint(uninterrupted)
 
 
+@pytest.mark.fault("G10")
 @pytest.mark.parametrize("device_batch_size", [4, 5])
 def test_accumulation_trains_on_the_same_samples_times_noise_and_drops(tmp_path, uninterrupted, device_batch_size):
     make_trainer(tmp_path, f"trainer.device_batch_size={device_batch_size}").run()
@@ -253,6 +254,7 @@ def test_fp16_resumes_with_its_loss_scale(tmp_path):
     assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
 
 
+@pytest.mark.fault("G12")
 def test_loader_workers_killed_in_a_save_and_elsewhere_change_nothing(tmp_path, uninterrupted):
     notes: list[str] = []
     trainer = make_trainer(tmp_path, "trainer.num_workers=2", notes=notes)
@@ -350,6 +352,7 @@ def poison(trainer: Trainer, steps: set[int]) -> None:
     trainer.to_latents = lambda *batch: original(*batch) * (float("nan") if trainer.step in steps else 1.0)
 
 
+@pytest.mark.fault("G9")
 def test_a_non_finite_step_is_skipped_counted_and_leaves_no_trace(tmp_path):
     trainer = make_trainer(tmp_path)
     poison(trainer, {2})
@@ -361,6 +364,7 @@ def test_a_non_finite_step_is_skipped_counted_and_leaves_no_trace(tmp_path):
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.fault("G9")
 def test_endless_non_finite_steps_end_the_run_and_save_nothing_bad(tmp_path):
     trainer = make_trainer(tmp_path, "trainer.total_images=1600")
     poison(trainer, set(range(3, 1000)))
@@ -370,6 +374,7 @@ def test_endless_non_finite_steps_end_the_run_and_save_nothing_bad(tmp_path):
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
 
 
+@pytest.mark.fault("G9")
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.save()
