@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and tests, in .venv: bash scripts/test.sh [pytest arguments]
+# Lint, types and tests, in .venv: bash scripts/test.sh [pytest arguments]; all faults with their table: -m fault
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 use_environment dev

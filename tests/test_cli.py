@@ -862,26 +862,24 @@ def wait_for(path: Path, text: str, process: subprocess.Popen) -> None:
     ("number", "code", "state"),
     [(signal.SIGTERM, 75, "preempted"), (signal.SIGUSR1, 75, "preempted"), (signal.SIGKILL, -9, "running")],
 )
-def test_a_stopped_or_killed_process_continues_to_the_same_weights(diffussm, in_tmp, run, number, code, state):
+def test_a_stopped_or_killed_process_continues_to_the_same_weights(jobs, in_tmp, number, code, state):
     from training.test_trainer import fingerprint
 
-    arguments = ["train", *SMALL_RUN, "run_dir=run", "trainer.total_images=4000"]
-    process = subprocess.Popen([sys.executable, "-m", "diffussm", *arguments], stderr=subprocess.PIPE, text=True)
-    wait_for(in_tmp / "run" / "metrics.jsonl", '"images": 320', process)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == code
+    log = in_tmp / "run" / "metrics.jsonl"
+    arguments = ["train", *SMALL_RUN, f"run_dir={in_tmp / 'run'}", "trainer.total_images=4000"]
+    job = jobs.start(*arguments)
+    job.wait_until(lambda: log.exists() and '"images": 320' in log.read_text())
+    job.send(number)
+    assert job.wait() == code
     status = json.loads((in_tmp / "run" / "status.json").read_text())
     assert status["state"] == state
     if code == 75:
-        assert "stopped by signal" in said.splitlines()[-1] and status["images"] >= 320
+        assert "stopped by signal" in job.said.splitlines()[-1] and status["images"] >= 320
     # Let both runs end soon: the one that was interrupted, and one that never is.
-    reached = max(
-        json.loads(line)["images"] for line in (in_tmp / "run" / "metrics.jsonl").read_text().splitlines()
-    )
+    reached = max(json.loads(line)["images"] for line in log.read_text().splitlines())
     end = f"trainer.total_images={reached + 160}"
-    assert main([*arguments[:-1], end]) == 0
-    assert main([*arguments[:-2], "run_dir=whole", end]) == 0
+    jobs.run(*arguments[:-1], end)
+    jobs.run(*arguments[:-2], f"run_dir={in_tmp / 'whole'}", end)
     assert fingerprint(in_tmp / "run") == fingerprint(in_tmp / "whole")
 
 

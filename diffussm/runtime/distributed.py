@@ -6,8 +6,11 @@ torch.distributed. With one process everything is there and nothing is waited fo
 """
 
 import contextlib
+import math
+import os
 import pickle
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -18,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffussm.runtime.errors import ConfigError, PeerError, UserError
+from diffussm.runtime.errors import ConfigError, PeerError, UserError, note
 from diffussm.runtime.launch import Place, become, find_place
 
 MEETING_SECONDS = 300
@@ -74,13 +77,14 @@ class Processes:
             store, *_ = next(
                 dist.rendezvous("env://", self.rank, self.world_size, timeout=timedelta(seconds=MEETING_SECONDS))
             )
-            self._store = dist.PrefixStore(f"diffussm/attempt_{self.place.attempt}", store)
+            store = dist.PrefixStore(f"diffussm/attempt_{self.place.attempt}", store)
+            self._store = store if self.timeout_seconds is None else _TimedStore(store, self)  # type: ignore[assignment]
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             limit = None if self.timeout_seconds is None else timedelta(seconds=self.timeout_seconds)
             dist.init_process_group(
                 BACKENDS[device.type],
-                store=dist.PrefixStore("group", self._store),
+                store=dist.PrefixStore("group", store),
                 rank=self.rank,
                 world_size=self.world_size,
                 timeout=limit,
@@ -227,6 +231,38 @@ class Processes:
     ) -> None:
         if kind is None:  # after an error nobody can be waited for: the launcher ends the others
             self.close()
+
+
+class _TimedStore:
+    """A store with which this process ends where a call does not return in time.
+
+    A process that hosts the store and stalls leaves the others in a call that no error and no signal ends.
+    """
+
+    def __init__(self, store: dist.Store, processes: Processes) -> None:
+        assert processes.timeout_seconds is not None
+        self._store, self._processes, self._seconds = store, processes, processes.timeout_seconds
+        self._due = math.inf
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._store, name)
+
+        def call(*arguments: Any) -> Any:
+            self._due = time.monotonic() + self._seconds
+            try:
+                return method(*arguments)
+            finally:
+                self._due = math.inf
+
+        return call
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(1.0, self._seconds / 4))
+            if time.monotonic() > self._due:
+                note(str(self._processes._lost(f"no answer for {self._seconds:g} s")))
+                os._exit(PeerError.exit_code)
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing went wrong)

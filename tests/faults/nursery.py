@@ -84,7 +84,7 @@ class Forked:
             preexec_fn()
             os.environ.clear()
             os.environ.update(env)
-            return run(request)
+            return main(request["arguments"])  # its faults are there, inherited
 
         self.pid, self.returncode = fork(work), None
 
