@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and tests, in .venv: bash scripts/test.sh [pytest arguments]; all faults with their table: -m fault
+# Lint, types and tests, in .venv: bash scripts/test.sh [pytest arguments], such as --cov, or -m fault for all faults; all faults with their table: -m fault
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 use_environment dev
@@ -13,5 +13,5 @@ echo "== pytest"
 if [ $# -gt 0 ]; then
     "$python" -m pytest "$@"
 else
-    "$python" -m pytest --numprocesses=2 --dist=loadfile --cov --cov-report=term-missing:skip-covered
+    "$python" -m pytest --numprocesses=2 --dist=loadfile
 fi

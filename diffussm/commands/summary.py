@@ -105,10 +105,11 @@ def _foresee(trainer: "Trainer") -> str:
     found = trainer.checkpoints.foresee()
     if found is None:
         return "new"
-    paths, images = trainer.checkpoints.paths(), found.document("train_state")["images"]
+    paths, images = trainer.checkpoints.paths(), found.document("train_state").get("images")
+    reached = f", at {_count(images, 'image')}" if isinstance(images, int) else ""  # else it will be refused
     damaged = len(paths) - 1 - paths.index(found.path)
     passed = f", passing over {_count(damaged, 'damaged checkpoint')}" if damaged else ""
-    return f"continues from {found.path.name}, at {_count(images, 'image')}{passed}"
+    return f"continues from {found.path.name}{reached}{passed}"
 
 
 def _describe_data(system: "System", source: "Source") -> str:

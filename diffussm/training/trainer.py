@@ -512,10 +512,10 @@ class Trainer:
             checkpoint.check_model(self.model.state_dict())
             document = checkpoint.document("train_state")
             _check_train_state(document, checkpoint.path)
-            if missing := self.averages.state().keys() - set(checkpoint.ema_names):
+            if missing := [name for name in self.averages.state() if name not in checkpoint.ema_names]:
                 raise RunDirectoryError(
-                    f"{checkpoint.path}: holds {', '.join(checkpoint.ema_names)} and not {', '.join(missing)}: "
-                    "restore trainer.ema_decays or choose another name"
+                    f"{checkpoint.path}: holds {', '.join(checkpoint.ema_names)} and not {', '.join(missing)}: an "
+                    "average begins with its run: restore trainer.ema_decays and ema_power, or choose another name"
                 )
             # Before the first step any data will do: imported weights know none of ours.
             if document["images"] and document["data"] != dict(self.batches.fingerprint):
@@ -553,15 +553,7 @@ class Trainer:
 
     def _load(self, read: Callable[[str], dict[str, Tensor]], train_state: TrainState) -> None:
         self.model.load_state_dict(read("model"))
-        averages = {name: read(name) for name in self.averages.state()}
-        if missing := [name for name, tensors in averages.items() if not tensors]:
-            raise self.processes.told_by_first(
-                ConfigError(
-                    f"trainer.ema_decays and ema_power: the checkpoint has no {', '.join(missing)}: an average "
-                    "begins with its run: leave it out"
-                )
-            )
-        self.averages.load(averages, train_state.ema_updates)
+        self.averages.load({name: read(name) for name in self.averages.state()}, train_state.ema_updates)
         parameters = dict(self.model.named_parameters())
         for key, tensor in read("optimizer").items():
             name, _, field = key.rpartition("/")

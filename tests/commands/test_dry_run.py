@@ -18,20 +18,32 @@ FACTS = {
         "673,141,256",
         "276.00 GMAC",
         "1,024 tokens",
-        "1 pass(es) x 32",
+        "1 pass x 32 images",
         "2,578,125 steps",
     ),
     "imagenet512_diffussm_xl": (
         "673,141,256",
         "1,103.65 GMAC",
         "4,096 tokens",
-        "4 pass(es) x 8",
+        "4 passes x 8 images",
         "1,179,688 steps",
     ),
-    "lsun_church_diffussm_xl": ("671,988,104", "276.00 GMAC", "1,024 tokens", "1 pass(es) x 32", "400,000 steps"),
-    "imagenet256_diffussm_s": ("35,526,152", "13.75 GMAC", "1,024 tokens", "1 pass(es) x 32", "400,000 steps"),
-    "imagenet256_dit_xl_2": ("674,834,720", "118.62 GMAC", "256 tokens", "1 pass(es) x 32", "7,000,000 steps"),
-    "imagenet512_dit_xl_2": ("674,834,720", "524.54 GMAC", "1,024 tokens", "1 pass(es) x 32", "3,000,000 steps"),
+    "lsun_church_diffussm_xl": (
+        "671,988,104",
+        "276.00 GMAC",
+        "1,024 tokens",
+        "1 pass x 32 images",
+        "400,000 steps",
+    ),
+    "imagenet256_diffussm_s": ("35,526,152", "13.75 GMAC", "1,024 tokens", "1 pass x 32 images", "400,000 steps"),
+    "imagenet256_dit_xl_2": ("674,834,720", "118.62 GMAC", "256 tokens", "1 pass x 32 images", "7,000,000 steps"),
+    "imagenet512_dit_xl_2": (
+        "674,834,720",
+        "524.54 GMAC",
+        "1,024 tokens",
+        "1 pass x 32 images",
+        "3,000,000 steps",
+    ),
 }
 
 

@@ -23,6 +23,7 @@ from diffussm.data.encoding import Encoding
 from diffussm.data.fake import Fake
 from diffussm.data.latents import LatentSet
 from diffussm.runtime.distributed import Processes
+from diffussm.runtime.launch import Place
 
 TESTS = Path(__file__).resolve().parents[1]
 GROUPS = {
@@ -116,7 +117,7 @@ def test_two_processes_encode_the_same_set_byte_for_byte(folder, whole, tmp_path
 
 def test_processes_without_a_shard_are_told_of(tmp_path, capsys):
     for world_size, said in ((3, ""), (5, "diffussm: 2 processes have nothing to do: lower shard_size=4\n")):
-        processes = Processes(0, world_size)
+        processes = Processes(Place(0, world_size))
         encoding = Encoding(Fake(10, resolution=8), PatchProjection(), tmp_path, shard_size=4, processes=processes)
         _summarize(encoding, 0)
         shown = capsys.readouterr().err

@@ -18,7 +18,7 @@ from diffussm.data.images import ImageFolder
 from diffussm.data.latents import LatentSet, sample_posterior
 from diffussm.data.loader import BatchLoader
 from diffussm.runtime.errors import DataError, RunDirectoryError, StorageError
-from diffussm.runtime.seeding import make_generator
+from diffussm.runtime.seeding import draw_normal, make_generator
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_set_without_mirror_images_takes_half_the_space(photographs, encoded, 
         LatentSet(plain.path, horizontal_flip=True)
     batch = next(BatchLoader(plain, 37, seed=0, with_labels=True).starting_at(0))
     order = torch.randperm(37, generator=make_generator(0, "epoch", 0))
-    expected = torch.randn(37, 4, 4, 4, generator=make_generator(0, "posterior", 0))
+    expected = draw_normal(0, "posterior", 0, range(37), (4, 4, 4))
     assert torch.equal(batch.images, plain.latents(order, none, expected))
 
 

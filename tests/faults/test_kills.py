@@ -24,7 +24,9 @@ def test_a_run_killed_again_and_again_ends_in_the_same_weights(jobs, tmp_path, f
         job.kill()
         within += job.said.count("BEGIN save") > job.said.count("END save")
         resumed += (
-            "(new)" in job.said if before is None else f"(continues from step-{before // 16:012d})" in job.said
+            "(new)" in job.said
+            if before is None
+            else f"(continues from step-{before // 16:012d}, at {before:,} images)" in job.said
         )
     end = f"trainer.total_images={images(path) + 64}"
     jobs.run(*command(path, end))

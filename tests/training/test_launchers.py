@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL_RUN
-from test_processes import command, wait_for_images
 from test_trainer import fingerprint, records
 
 SLURM = Path(__file__).resolve().parents[2] / "scripts" / "slurm"
@@ -57,6 +56,16 @@ def cluster(tmp_path, monkeypatch) -> Path:
     for name, value in {**job, **paths}.items():
         monkeypatch.setenv(name, value)
     return tmp_path / "requeued"
+
+
+def command(path: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "diffussm", "train", *SMALL_RUN, f"run_dir={path}", "name=run", *overrides]
+
+
+def wait_for_images(path: Path, images: int) -> None:
+    log = path / "metrics.jsonl"
+    while not (log.exists() and records(path) and records(path)[-1]["images"] >= images):
+        time.sleep(0.05)
 
 
 def install(path: Path, content: str) -> None:

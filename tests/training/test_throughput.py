@@ -28,7 +28,7 @@ def test_peaks_of_known_devices(name, precision, uses_tf32, tflops):
 
 def test_other_devices_have_none():
     assert find_peak("NVIDIA GeForce GTX 1080", "bf16", True) is None
-    assert device_peak(torch.device("cpu"), "bf16") is None
+    assert device_peak(torch.device("cpu"), "bf16", tf32=True) is None
 
 
 def test_utilisation_is_the_share_of_all_devices():
