@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffussm.runtime.errors import OutOfMemoryError, StorageError, UserError
+from diffussm.runtime.errors import OutOfMemoryError, UserError, exit_code_of
 
 VERBS = {
     "train": "train a model; the same command continues an interrupted run",
@@ -236,15 +236,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"diffussm: {error.filename or 'I/O'}: {error.strerror or error}: free space, or write elsewhere",
             file=sys.stderr,
         )
-        return StorageError.exit_code
-    except KeyboardInterrupt:
+        return exit_code_of(error)
+    except KeyboardInterrupt as error:
         print("diffussm: interrupted", file=sys.stderr)
-        return 130
+        return exit_code_of(error)
     except Exception as error:
-        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):  # torch's, without importing it
+        if exit_code_of(error) != OutOfMemoryError.exit_code:
             raise
         print("diffussm: out of memory: lower sampling.batch_size or trainer.device_batch_size", file=sys.stderr)
-        return OutOfMemoryError.exit_code
+        return exit_code_of(error)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -13,7 +13,16 @@ from diffussm.commands import note, print_config
 from diffussm.compose import compose
 from diffussm.config import drift
 from diffussm.runtime.allocator import keep_freed_memory
-from diffussm.runtime.errors import ConfigError, PeerError, Preempted, RunDirectoryError, StorageError, UserError
+from diffussm.runtime.errors import (
+    ConfigError,
+    DataError,
+    PeerError,
+    Preempted,
+    RunDirectoryError,
+    StorageError,
+    UserError,
+    exit_code_of,
+)
 from diffussm.runtime.launch import find_place, launch
 from diffussm.runtime.run_dir import RunDirectory, write_atomically
 from diffussm.runtime.signals import StopRequest
@@ -37,7 +46,9 @@ def run(options: argparse.Namespace) -> int:
         return _dry_run(directory, config)
     if processes := _num_to_launch(config):
         _check(directory, config)
-        command = [sys.executable, "-m", "diffussm", "train", *sys.argv[2:]]
+        command = [sys.executable, "-m", "diffussm", "train", *options.overrides]
+        if options.config_dir:
+            command += ["--config-dir", str(options.config_dir)]
         return launch(command, processes, config.trainer.max_restarts)
     if find_place().world_size == 1 and _check(directory, config):  # before torch is loaded
         return 0
@@ -75,7 +86,7 @@ def _dry_run(directory: RunDirectory, config: DictConfig) -> int:
 def _check(directory: RunDirectory, config: DictConfig) -> bool:
     """Refuse a run directory in which this run cannot be; returns whether there is nothing left to do."""
     directory.check()
-    _check_drift(directory, config)
+    _find_changes(directory, config)
     status = directory.read_status()
     if status and status["state"] == "finished" and status["images"] >= config.trainer.total_images:
         print(f"{directory.path}: finished at {status['images']:,} images; nothing to do")
@@ -107,7 +118,13 @@ def _train(config: DictConfig, directory: RunDirectory, stop: StopRequest) -> in
             _check_equal(config, processes)
             if processes.on_first(lambda: _check(directory, config)):
                 return 0
-        source, system, trainer = processes.on_all(build)
+        try:
+            source, system, trainer = processes.on_all(build)
+        except DataError as error:
+            if processes.is_first and directory.read_status() is not None:  # a run that cannot go on
+                directory.open()
+                directory.write_status("failed", exit_code=error.exit_code, message=str(error))
+            raise
         try:
             processes.on_first(lambda: _open(directory, source, system, trainer))
             trainer.run()
@@ -149,6 +166,9 @@ def _open(directory: RunDirectory, source: "Source", system: "System", trainer: 
 
     config = system.config
     directory.open()
+    trainer.changes = _find_changes(directory, config)
+    for line in trainer.changes:
+        note(f"configuration changed: {line}")
     content = OmegaConf.to_yaml(config, resolve=True)
     write_atomically(directory.path / "config.yaml", content.encode())
     before = directory.read_status() or {}
@@ -173,16 +193,16 @@ def _write_failure(directory: RunDirectory, trainer: "Trainer", error: BaseExcep
             "preempted" if isinstance(error, Preempted) else "failed",
             images=trainer.images,
             step=trainer.step,
-            exit_code=error.exit_code if isinstance(error, UserError) else 1,
+            exit_code=exit_code_of(error),
             message=str(error) or repr(error),
         )
 
 
-def _check_drift(directory: RunDirectory, config: DictConfig) -> None:
-    """Refuse to continue a run under a configuration that would change its result."""
+def _find_changes(directory: RunDirectory, config: DictConfig) -> list[str]:
+    """What has changed in the configuration of a run; ConfigError for what would change its result."""
     path = directory.path / "config.yaml"
     if not path.exists():
-        return
+        return []
     try:
         before = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, ValueError, YAMLError) as error:
@@ -194,5 +214,4 @@ def _check_drift(directory: RunDirectory, config: DictConfig) -> None:
             f"{directory.path} holds a run with another configuration ({'; '.join(fixed)}): choose another name, "
             "or allow_config_change=true to continue it all the same"
         )
-    for line in fixed + free:
-        note(f"configuration changed: {line}")
+    return fixed + free

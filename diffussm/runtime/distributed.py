@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffussm.runtime.errors import ConfigError, PeerError, UserError, note
+from diffussm.runtime.errors import ConfigError, PeerError, Preempted, UserError, note
 from diffussm.runtime.launch import Place, become, find_place
 
 MEETING_SECONDS = 300
@@ -59,7 +59,12 @@ class Processes:
         """`cuda` without a number is the GPU of this process."""
         if device.type != "cuda" or device.index is not None or self.world_size == 1:
             return device
-        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        if self.local_rank >= count:
+            raise ConfigError(
+                f"process {self.local_rank} of this machine has no GPU, there are {count}: start no more"
+            )
+        return torch.device("cuda", self.local_rank)
 
     def share(self, count: int) -> range:
         """This process's part of `count` things, in the order of ranks; sizes differ by at most one."""
@@ -68,7 +73,7 @@ class Processes:
     def start(self, device: torch.device) -> "Processes":
         """Meet the others and make torch.distributed ready: nccl for a GPU, gloo for a CPU.
 
-        ConfigError if they do not come.
+        ConfigError if they do not come, PeerError where the launcher can start them again.
         """
         if self.world_size == 1:
             return self
@@ -77,7 +82,7 @@ class Processes:
             store, *_ = next(
                 dist.rendezvous("env://", self.rank, self.world_size, timeout=timedelta(seconds=MEETING_SECONDS))
             )
-            store = dist.PrefixStore(f"diffussm/attempt_{self.place.attempt}", store)
+            store = dist.PrefixStore(f"diffussm/attempt_{self.place.attempt or 0}", store)
             self._store = store if self.timeout_seconds is None else _TimedStore(store, self)  # type: ignore[assignment]
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -90,6 +95,8 @@ class Processes:
                 timeout=limit,
             )
         except (dist.DistError, RuntimeError) as error:
+            if self.place.attempt is not None:  # whoever set the address right starts them again
+                raise self._lost(str(error).splitlines()[0]) from error
             raise ConfigError(
                 f"process {self.rank} of {self.world_size} does not reach the others at {self.place.address} "
                 f"({str(error).splitlines()[0]}): start all of them, or set MASTER_ADDR and MASTER_PORT right"
@@ -229,7 +236,8 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:  # after an error nobody can be waited for: the launcher ends the others
+        # All stop together. After an error nobody can be waited for: the launcher ends the others.
+        if kind is None or issubclass(kind, Preempted):
             self.close()
 
 

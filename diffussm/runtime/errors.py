@@ -24,6 +24,18 @@ class PeerError(UserError):
     """Other processes of the job that ended, stalled or were not reached: all have to start again."""
 
 
+def exit_code_of(error: BaseException) -> int:
+    """What a command that ends with this error tells its caller."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, OSError):
+        return StorageError.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    # torch's, without importing it
+    return OutOfMemoryError.exit_code if type(error).__name__ in ("OutOfMemoryError", "MemoryError") else 1
+
+
 class ConfigError(UserError):
     """A configuration key or value that cannot work."""
 

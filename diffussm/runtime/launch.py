@@ -23,6 +23,7 @@ from diffussm.runtime.errors import ConfigError, Preempted, note
 LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_SECONDS = 5.0  # for the others to notice that one is lost, and to say so
+PARTING_SECONDS = 120.0  # for the others to end when one has ended in good order, after the last that it waits for
 POLL_SECONDS = 0.05
 LASTING_SECONDS = 600.0  # a job that ran so long has got somewhere: its losses are counted anew
 # A process that ends with one of these has said why, and would say it again (or was asked to stop).
@@ -38,7 +39,7 @@ class Place:
     world_size: int = 1
     local_rank: int = 0
     address: str | None = None  # host:port where the processes meet
-    attempt: str = "0"
+    attempt: str | None = None  # how often the launcher has started its processes again; None: it does not
 
 
 def find_place() -> Place:
@@ -49,8 +50,14 @@ def find_place() -> Place:
             rank, world_size, local_rank, port = (_integer(name) for name in (*names, "MASTER_PORT"))
             address = f"{os.environ['MASTER_ADDR']}:{port}"
             # A launcher that starts its processes again keeps its store, with what the dead ones left in it.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
             return Place(rank, world_size, local_rank, address, attempt)
+    task = os.environ.get("SLURM_PROCID", "0")
+    if task != "0":
+        raise ConfigError(
+            f"SLURM_PROCID={task}: a task of srun that cannot find the others: export MASTER_ADDR and "
+            "MASTER_PORT, as scripts/slurm/train.sbatch does"
+        )
     return Place()
 
 
@@ -87,7 +94,7 @@ def launch(command: Sequence[str], num_processes: int, max_restarts: int = 0) ->
             started = time.monotonic()
             job = _Job(command, num_processes, attempt, received)
             code = job.wait()
-            if received and code == 128 + received[0]:
+            if received.count(code - 128) == 1:
                 return Preempted.exit_code  # they had not begun: it ended them before they could ask what it was
             if code in (0, *FINAL_CODES) or received:
                 return code
@@ -131,6 +138,8 @@ class _Job:
                     # A stop in good order takes the time that it takes. One that is lost leaves others waiting.
                     if failure not in (0, Preempted.exit_code):
                         deadline = time.monotonic() + GRACE_SECONDS
+                    elif {0, Preempted.exit_code} & {process.returncode for process in self.processes}:
+                        deadline = min(deadline, time.monotonic() + PARTING_SECONDS)
                 if time.monotonic() > deadline:
                     self.send(signal.SIGKILL)
                 time.sleep(POLL_SECONDS)
@@ -161,6 +170,7 @@ class _Job:
 
 
 def _environment(rank: int, world_size: int, port: int, attempt: int) -> Mapping[str, str]:
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         **os.environ,
         "RANK": str(rank),
@@ -169,6 +179,7 @@ def _environment(rank: int, world_size: int, port: int, attempt: int) -> Mapping
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, num_cores // world_size))),
     }
 
 
@@ -179,6 +190,7 @@ def _free_port() -> int:
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends, however that happens."""
+    """Leave the parent's process group, for it hands on signals; ask Linux for death when it ends in any way."""
+    os.setpgrp()
     if _libc is not None:
         _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,17 +1,25 @@
 """Stop requests: a signal sets a flag, and whoever works in steps looks at it between two of them."""
 
 import signal
+import time
 from types import FrameType, TracebackType
+
+REPEAT_SECONDS = 2.0
 
 
 class StopRequest:
-    """While active, the first SIGTERM, SIGUSR1 or SIGINT asks for a stop; the same one again acts at once."""
+    """While active, the first SIGTERM, SIGUSR1 or SIGINT asks for a stop; the same one again, later, acts at once.
+
+    A terminal, `timeout` and srun signal all processes of a job, and a launcher hands on what it gets: the same
+    request comes twice within moments.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.signal: str | None = None
         self._previous: dict[int, object] = {}
+        self._asked: dict[int, float] = {}  # when, by number
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -29,4 +37,6 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if time.monotonic() - self._asked.setdefault(number, time.monotonic()) > REPEAT_SECONDS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.raise_signal(number)

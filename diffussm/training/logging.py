@@ -40,18 +40,19 @@ class MetricsLog:
             relay.close()
 
     def rewind(self, images: int) -> None:
-        """Drop what a killed run measured after the checkpoint at `images`, and a half-written last line."""
+        """Drop what a killed run measured after the checkpoint at `images`, and lines that are no records."""
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_bytes().splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+                is_kept = record["images"] <= images or "event" in record  # what happened has happened
+            except (ValueError, KeyError, TypeError):
                 continue
-            if record["images"] <= images or "event" in record:  # what happened has happened
-                kept.append(line + "\n")
-        write_atomically(self.path, "".join(kept).encode())
+            if is_kept:
+                kept.append(line + b"\n")
+        write_atomically(self.path, b"".join(kept))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record, safe from a crash of this process; on a full disk it waits for `settle`."""

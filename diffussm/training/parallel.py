@@ -1,12 +1,19 @@
 """How a model is spread over the processes of a job: the one seam between the trainer and torch.distributed."""
 
 import contextlib
+import inspect
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffussm.runtime.distributed import Processes
+
+# Buffers need not be brought into agreement again and again; how to say so depends on the version of torch.
+_NEWER, _OLDER = "forward_sync_buffers", "broadcast_buffers"
+_IS_NEWER = _NEWER in inspect.signature(DistributedDataParallel).parameters
+_CONSTANT_BUFFERS: dict[str, Any] = {_NEWER if _IS_NEWER else _OLDER: False}
 
 
 def wrap_model(model: nn.Module, processes: Processes, num_parts: int) -> nn.Module:
@@ -21,7 +28,7 @@ def wrap_model(model: nn.Module, processes: Processes, num_parts: int) -> nn.Mod
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # they are constants
+        **_CONSTANT_BUFFERS,
         gradient_as_bucket_view=True,
         # The graph is the same in every step, but a static one does not know of passes without reduction.
         static_graph=num_parts == 1,

@@ -9,7 +9,7 @@ model, objective and batches by protocol only.
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NoReturn, Protocol
 
@@ -186,11 +186,13 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.window = MetricsWindow(objective.num_timesteps, self.device)
         self.imported: Mapping[str, Any] | None = None
+        self.changes: Sequence[str] = ()  # of the configuration since the run was last continued
         self.initial: InitialWeights | None = None  # to begin with; the first process's count, for all
         self.network = model  # what forward passes go through
         if compile:
             compile_blocks(model)  # after the averages were copied from it
         self.step = 0
+        self.saved_step: int | None = None  # of the newest checkpoint
         self.skipped_steps = self.skipped_in_a_row = self.failed_saves = 0
         self.is_stopping = False  # whether any process has been asked to
         self.pending: list[str] = []
@@ -205,12 +207,15 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end. Raises Preempted after a full checkpoint when asked to stop."""
-        self.network = wrap_model(self.model, self.processes, len(self.parts))
+        with self.processes.noticing_losses():
+            self.network = wrap_model(self.model, self.processes, len(self.parts))
         self.restore()
         if self.processes.is_first:
             self.log.start(self.images)
             if self.step:
-                self.log.add_event("resume", self.images, step=self.step, processes=self.processes.world_size)
+                facts = {"step": self.step, "processes": self.processes.world_size}
+                changed = {"changed": list(self.changes)} if self.changes else {}
+                self.log.add_event("resume", self.images, **facts, **changed)
         self.model.train()
         self.progress = progress = Progress(
             self.total_images, self.images, "img", is_shown=self.processes.is_first
@@ -222,9 +227,10 @@ class Trainer:
                 first_step = self.step
                 while self.images < self.total_images:
                     batch = self.next_batch(batches)
-                    if self.step == first_step:
-                        self.warm_up(batch)
-                    self.run_step(batch)
+                    with self.naming_lack_of_memory():
+                        if self.step == first_step:
+                            self.warm_up(batch)
+                        self.run_step(batch)
                     progress.advance(self.batch_size, lambda: headline(self.metrics()))
                     self.after_step(progress.say)
                     self.profile.end_step(progress.say)
@@ -247,23 +253,28 @@ class Trainer:
 
     def run_step(self, batch: Batch) -> None:
         """One optimiser step on one global batch."""
+        self.set_learning_rate()
+        draws, terms = self.compute_gradients(batch)
+        with self.profile.span("loss reduction"):
+            terms = self.share_losses(terms)
+        with self.profile.span("metrics"):
+            self.window.add_losses(terms, draws.t, draws.weight)
+            self.objective.observe(draws, terms["loss"])
+        with self.profile.span("clipping"):
+            grad_norm = self.clip_gradients()
+        self.update_weights(grad_norm)
+        self.step += 1
+
+    @contextlib.contextmanager
+    def naming_lack_of_memory(self) -> Iterator[None]:
+        """What of the configuration would help when the device has too little memory."""
         try:
-            self.set_learning_rate()
-            draws, terms = self.compute_gradients(batch)
-            with self.profile.span("loss reduction"):
-                terms = self.share_losses(terms)
-            with self.profile.span("metrics"):
-                self.window.add_losses(terms, draws.t, draws.weight)
-                self.objective.observe(draws, terms["loss"])
-            with self.profile.span("clipping"):
-                grad_norm = self.clip_gradients()
-            self.update_weights(grad_norm)
+            yield
         except torch.cuda.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"out of memory on {self.device} with {len(self.parts[0])} images in a forward pass: "
                 "set trainer.device_batch_size lower (the global batch stays the same)"
             ) from error
-        self.step += 1
 
     def warm_up(self, batch: Batch) -> None:
         """Two passes whose gradients are thrown away.
@@ -328,8 +339,9 @@ class Trainer:
         rows = everything[:-2].view(len(terms), self.batch_size)
         rows[:, self.samples.start : self.samples.stop] = torch.stack(list(terms.values()))
         self.processes.sum(everything)
-        self.is_stopping |= bool(everything[-1])
-        self.window.add_wait(float(everything[-2]))
+        waited, asked = everything[-2:].tolist()
+        self.is_stopping |= bool(asked)
+        self.window.add_wait(waited)
         return dict(zip(terms, rows, strict=True))
 
     def _place(self, tensor: Tensor) -> Tensor:
@@ -399,8 +411,9 @@ class Trainer:
             self.save(say)
 
     def stop_here(self, say: Callable[[str], None]) -> NoReturn:
-        """Save and end."""
-        self.save(say)
+        """Save, unless this step is where the run has just been continued, and end."""
+        if self.step != self.saved_step:
+            self.save(say)
         raise self.processes.told_by_first(
             Preempted(f"stopped by signal at {self.images:,} images with a full checkpoint: run it again")
         )
@@ -437,10 +450,13 @@ class Trainer:
 
     def save(self, say: Callable[[str], None] = print) -> None:
         """Publish a checkpoint; a failure is retried once, then survived until the third on end."""
+        self._report("saving", LIMIT_SECONDS, at_once=True)
         with self.profile.span("saving"):
-            self.processes.on_first(lambda: self._save(say))
+            if self.processes.on_first(lambda: self._save(say)):
+                self.saved_step = self.step
 
-    def _save(self, say: Callable[[str], None]) -> None:
+    def _save(self, say: Callable[[str], None]) -> bool:
+        """Whether it was published."""
         tensors = {
             "model": self.model.state_dict(),
             **self.averages.state(),
@@ -466,7 +482,7 @@ class Trainer:
                 self.log.settle()  # or a restart from here would miss what waits
                 self.checkpoints.save(self.step, tensors, documents)
                 self.failed_saves = 0
-                return
+                return True
             except StorageError as error:
                 say(f"saving failed: {error}")
                 failure = error
@@ -474,6 +490,7 @@ class Trainer:
         self._add_event("failed save", self.images, step=self.step, message=str(failure))
         if self.failed_saves >= MAX_FAILED_SAVES or self.images >= self.total_images or self.is_stopping:
             raise failure
+        return False
 
     def _save_snapshot(self, say: Callable[[str], None]) -> None:
         """Keep the power averages as they are; a failure costs this snapshot only."""
@@ -567,6 +584,7 @@ class Trainer:
         self.step = train_state.images // self.batch_size  # also right if the batch size was changed
         self.skipped_steps, self.imported = train_state.skipped_steps, train_state.imported
         self.pending = list(train_state.pending)
+        self.saved_step = self.step if train_state.images == self.images else None
         if train_state.window is not None:
             self.window.load(train_state.window)
 

@@ -63,14 +63,6 @@ def test_signals_become_a_flag_and_handlers_come_back():
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_a_second_interrupt_is_immediate():
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_missing_parents_are_checked_up_to_one_that_exists(tmp_path: Path):
     RunDirectory(tmp_path / "a" / "b" / "c").check()
     assert list(tmp_path.iterdir()) == []

@@ -109,14 +109,21 @@ def test_a_job_of_slurm_is_the_same_run_over_its_time_limit(cluster, whole, tmp_
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
-@pytest.mark.parametrize("code", [0, 2, 75, 137])
-def test_only_a_stop_in_good_order_is_queued_again(cluster, template, code, tmp_path):
+@pytest.mark.parametrize(
+    ("code", "restarts", "is_queued"),
+    [(0, 0, False), (2, 0, False), (65, 0, False), (74, 0, False), (75, 0, True), (75, 90, True), (137, 0, True),
+     (1, 19, True), (1, 20, False)],
+)  # fmt: skip
+def test_what_another_start_would_change_is_queued_again(
+    cluster, template, code, restarts, is_queued, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
     tells = tmp_path / "told"
     stub = f'#!/bin/sh\necho "$@ $MASTER_ADDR" >> {tells}\nsleep 0.$SLURM_PROCID\nexit {code}\n'
     install(tmp_path / "bin" / "diffussm", stub)
     result = subprocess.run(["bash", str(template), "name=my run"], capture_output=True, timeout=60, check=False)
     assert result.returncode == code, result.stderr
-    assert cluster.exists() == (code == 75)
+    assert cluster.exists() == is_queued
     assert tells.read_text().splitlines() == [f"{template.stem} name=my run 127.0.0.1"] * 2
 
 

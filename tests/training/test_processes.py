@@ -86,6 +86,22 @@ def test_a_stop_during_the_pictures_loses_neither_steps_nor_pictures(jobs, tmp_p
     assert drawn == ["images-000000000064.png", "images-000000000128.png"]
 
 
+@pytest.mark.fault("G2")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_that_reaches_every_process_twice_is_one_request(jobs, tmp_path, number, figure):
+    """As srun's, or a terminal's, which the launcher hands on besides."""
+    many = ("trainer.num_processes=2", "trainer.total_images=1M", "trainer.log_every_images=16")
+    job = jobs.start(*command(tmp_path, *many), faults=[("slow_steps", 0.1)])
+    job.wait_until(lambda: (tmp_path / "metrics.jsonl").exists() and len(records(tmp_path)) > 1)
+    for pid in [*job.children(), job.pid]:
+        os.kill(pid, number)
+    code, status = job.wait(), json.loads((tmp_path / "status.json").read_text())
+    figure(f"exit code {code}, {status['state']}")
+    assert code == status["exit_code"] == 75 and status["state"] == "preempted", job.said
+    state = json.loads(sorted(tmp_path.glob("checkpoints/step-*"))[-1].joinpath("train_state.json").read_text())
+    assert state["images"] == records(tmp_path)[-1]["images"] and "Traceback" not in job.said
+
+
 def test_bad_input_is_one_line_of_one_process(jobs, tmp_path):
     many = ("trainer.num_processes=2", "trainer.batch_size=17", "trainer.device_batch_size=1")
     job = jobs.run(*command(tmp_path / "run", *many), code=2)

@@ -151,8 +151,9 @@ def test_where_the_run_is_is_reported_with_every_record_and_what_takes_long(tmp_
     trainer.report = reports.append
     trainer.run()
     assert [(facts["doing"], facts["images"]) for facts in reports] == [
-        ("starting", 0), ("training", 32), ("training", 64), ("training", 96), ("training", 128),
-    ]  # fmt: skip
+        ("starting", 0),
+        *((doing, images) for images in (32, 64, 96, 128) for doing in ("training", "saving")),
+    ]
     assert reports[1]["images_per_second"] > 0 and reports[1]["eta_seconds"] > 0
     reports.clear()
     trainer._reported = -1e9  # long ago
