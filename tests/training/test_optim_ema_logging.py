@@ -90,10 +90,8 @@ def test_log_forgets_what_came_after_the_checkpoint_and_half_lines(tmp_path):
     for images in (10, 20, 30):
         log.write({"images": images, "loss": 1.0})
     with log.path.open("ab") as file:
-        file.write(
-            b'{"images": 1, "loss": "\xff\xfe"}\n[1, 2]\n{"loss": 1}\n{"images": "many"}\n{"images": 35, "lo'
+        file.write(b'{"images": 1, "loss": "\xff\xfe"}\n[1, 2]\n{"loss": 1}\n{"images": "many"}\n')
         file.write(b'{"images": 35, "lo')
-        )
     log.rewind(20)
     assert [json.loads(line)["images"] for line in log.path.read_text().splitlines()] == [10, 20]
 
