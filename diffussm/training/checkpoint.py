@@ -132,7 +132,9 @@ class CheckpointStore:
                 shutil.rmtree(path)
             temporary.rename(path)
             sync_directory(self.root)
-            for old in self.paths()[: -self.keep] if self.keep else []:
+            # Newer ones have been passed over as damaged: they replace none.
+            published = [found for found in self.paths() if found.name <= path.name]
+            for old in published[: -self.keep] if self.keep else []:
                 shutil.rmtree(old)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)

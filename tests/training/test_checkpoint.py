@@ -90,6 +90,15 @@ def test_every_single_flipped_bit_of_every_file_is_found(store):
         (path / name).write_bytes(original)
 
 
+def test_damaged_newer_checkpoints_take_no_valid_ones_place(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    for step in (100, 300):
+        save(store, step)
+        (store.paths()[-1] / "manifest.json").write_text("{")
+    save(store, 200)
+    assert store.newest_valid().path.name == "step-000000000200"
+
+
 @pytest.mark.fault("G5")
 def test_with_only_damaged_checkpoints_a_run_never_starts_anew(store):
     for path in store.paths():
