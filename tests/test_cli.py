@@ -395,7 +395,12 @@ def test_a_longer_run_continues_the_finished_one(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     arguments = ["train", *SMALL_RUN, f"run_dir={tmp_path / 'run'}", "trainer.total_images=160"]
     assert main(arguments) == 0
-    assert "continues from step-000000000008" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "continues from step-000000000008" in said
+    assert "configuration changed: trainer.total_images: 128 -> 160" in said
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    resume = next(record for record in log if record.get("event") == "resume")
+    assert "trainer.total_images: 128 -> 160" in resume["changed"]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["images"] == 160
 
 

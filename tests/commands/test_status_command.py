@@ -143,7 +143,7 @@ def test_it_loads_nothing_heavy(directory):
 def test_a_real_run_tells_its_status_while_it_goes_on_and_after(in_tmp, capsys):
     arguments = ["train", *SMALL_RUN, "run_dir=run", "trainer.total_images=1M", "trainer.num_processes=2"]
     process = subprocess.Popen([sys.executable, "-m", "diffussm", *arguments], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (Path("run").exists() and read_report(Path("run")).record):
+    while process.poll() is None and not (Path("run/status.json").exists() and read_report(Path("run")).record):
         time.sleep(0.05)
     report = read_report(Path("run"))
     assert (report.state, report.total_images, report.status["processes"]) == ("running", 1_000_000, 2)
