@@ -28,13 +28,13 @@ from diffussm.training.precision import Precision
 from diffussm.training.trainer import Trainer
 
 TRAINER, BARE = "trainer", "bare loop"
-RESOLUTION, NUM_CLASSES = 16, 10
+RESOLUTION, NUM_CLASSES = 32, 10
 TOKENS = RESOLUTION**2
 NEVER = 2**62
 
 
 def measure_trainer(setup: Setup, note: Callable[[str], None]) -> Iterator[Measurement]:
-    """Steps of both in turns, on DiffuSSM of the given size and pixels of 16 x 16."""
+    """Steps of both in turns, on DiffuSSM of the given size and pixels of 32 x 32."""
     note(f"trainer: steps of {setup.batch_size} images, {TOKENS} tokens")
     with tempfile.TemporaryDirectory() as temporary:
         calls = {TRAINER: _trainer(setup, Path(temporary)), BARE: _bare_loop(setup)}

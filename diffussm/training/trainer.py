@@ -350,8 +350,11 @@ class Trainer:
     def clip_gradients(self) -> Tensor:
         """Bring the gradient's norm to at most `max_grad_norm`; returns the norm before."""
         self.precision.scaler.unscale_(self.optimizer)
-        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_grad_norm, norm)
+        return norm
 
     def update_weights(self, grad_norm: Tensor) -> None:
         """Step the optimiser and the averages; skip, count and finally give up on non-finite gradients."""
