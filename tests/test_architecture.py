@@ -72,7 +72,8 @@ ALLOWED_WITHIN = {
         "__init__": set(),
     },
     "runtime": {
-        "errors": set(), "allocator": set(), "seeding": set(), "signals": set(), "run_dir": {"errors"},
+        "errors": set(), "allocator": set(), "hashing": set(), "seeding": set(), "signals": set(),
+        "run_dir": {"errors"},
         "launch": {"errors"}, "distributed": {"errors", "launch"}, "environment": set(),
         "run_status": {"errors", "run_dir"},
         "__init__": set(),

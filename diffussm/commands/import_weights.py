@@ -12,11 +12,12 @@ from torch import Tensor
 
 from diffussm.build import check_latents, construct
 from diffussm.commands import note, print_config
-from diffussm.commands.weight_files import find_file, read_tensors, sha256_of
+from diffussm.commands.weight_files import find_file, read_tensors
 from diffussm.compose import compose, override_value
 from diffussm.config import TrainConfig
 from diffussm.models.layouts import check_weights, detect_layout, from_diffusers, infer_dit_arguments
 from diffussm.runtime.errors import ConfigError, DataError, RunDirectoryError
+from diffussm.runtime.hashing import hash_file
 from diffussm.runtime.run_dir import RunDirectory, write_atomically
 from diffussm.training.checkpoint import CheckpointStore
 from diffussm.training.ema import average_names
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     image_shape = list(config.image_shape or autoencoder.image_shape(latent_shape))
     check_latents(config.model, autoencoder.latent_shape(tuple(image_shape)))
     trained = OmegaConf.masked_copy(config, [item.name for item in fields(TrainConfig)])
-    imported = {"file": file.name, "sha256": sha256_of(file), "layout": layout}
+    imported = {"file": file.name, "sha256": hash_file(file), "layout": layout}
     directory = RunDirectory(Path(config.run_dir))
     if not _publish(directory, trained, state, TrainState(data={"image_shape": image_shape}, imported=imported)):
         print(f"{directory.path}: these weights are there already")

@@ -13,10 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from diffussm.build import choose_weights
-from diffussm.commands.weight_files import DIFFUSERS_FILES, find_file, read_tensors, sha256_of
+from diffussm.commands.weight_files import DIFFUSERS_FILES, find_file, read_tensors
 from diffussm.config import leaves
 from diffussm.models.layouts import Layout, detect_layout, from_diffusers
 from diffussm.runtime.errors import ConfigError, DataError
+from diffussm.runtime.hashing import hash_file
 from diffussm.training.checkpoint import find_checkpoint
 from diffussm.training.initial import InitialWeights, match_weights
 
@@ -94,7 +95,7 @@ def _read_file(path: Path, config: DictConfig) -> _Found:
         except ValueError as error:
             raise DataError(f"{file}: {error}") from error
     theirs = {"model": {"num_heads": told["num_heads"]}} if "num_heads" in told else {}
-    provenance = {"file": file.name, "sha256": sha256_of(file), "layout": layout}
+    provenance = {"file": file.name, "sha256": hash_file(file), "layout": layout}
     return _Found(state, theirs, provenance, f"{file} ({layout} layout)")
 
 

@@ -1,7 +1,6 @@
 """`diffussm stats`: the reference statistics and images of a data set, as samples are compared with."""
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from diffussm.data.reading import in_batches, read_images
 from diffussm.evaluation.reference import measure_reference, read_request, save_reference
 from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import BadImage, ConfigError, RunDirectoryError
+from diffussm.runtime.hashing import hash_text
 from diffussm.runtime.run_dir import refuse_unwritable
 from diffussm.runtime.seeding import make_generator
 from diffussm.training.logging import Progress
@@ -76,8 +76,8 @@ def run(options: argparse.Namespace) -> int:
         progress.close()
     texts = {
         "preprocessing": request["preprocessing"],
-        "preprocessing_sha256": _sha256(source.preprocessing),
-        "data_sha256": _sha256(json.dumps(request["data"], sort_keys=True)),
+        "preprocessing_sha256": hash_text(source.preprocessing),
+        "data_sha256": hash_text(json.dumps(request["data"], sort_keys=True)),
         "extractor": name,
         "extractor_sha256": extractor.sha256,
     }
@@ -149,7 +149,3 @@ def _report(path: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, st
         lines["left out"] = f"{len(bad_files.reasons):,} unreadable images, listed in {bad_files.path}"
     for key, text in lines.items():
         print(f"{key:<12} {text}")
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,6 +1,5 @@
 """Files of weights that others wrote: found, and read without executing anything in them."""
 
-import hashlib
 import json
 import pickle
 import re
@@ -65,12 +64,3 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         held = f" (it holds {', '.join(map(str, list(content)[:4]))})" if isinstance(content, dict) else ""
         raise DataError(f"{file}: no state dict, which maps names to tensors{held}: save that alone")
     return content
-
-
-def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()

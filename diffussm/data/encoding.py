@@ -30,7 +30,6 @@ from diffussm.data.latents import (
     SHARDS,
     LatentSet,
     differences,
-    hash_stream,
 )
 from diffussm.data.reading import Images, in_batches, read_images
 from diffussm.data.shards import BadEntry, ShardRecord, Shards
@@ -42,6 +41,7 @@ from diffussm.runtime.errors import (
     RunDirectoryError,
     StorageError,
 )
+from diffussm.runtime.hashing import hash_stream
 from diffussm.runtime.run_dir import OwnedDirectory, atomic_file, sync_directory, write_atomically, write_json
 
 

@@ -19,7 +19,7 @@ import resource
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffussm.runtime.errors import ConfigError, DataError
+from diffussm.runtime.hashing import hash_file
 from diffussm.runtime.seeding import make_generator
 
 FORMAT_VERSION = 1
@@ -277,14 +278,6 @@ def shard_name(shard: int) -> str:
     return f"{SHARDS}/{shard:06d}.npy"
 
 
-def hash_stream(file: BinaryIO) -> str:
-    """The SHA-256 of what is left to read."""
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 24):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     """The content and its SHA-256."""
     file = path / MANIFEST
@@ -341,8 +334,7 @@ def _check_file(path: Path, entry: Mapping[str, Any], verify: bool) -> None:
     try:
         size, digest = path.stat().st_size, entry["sha256"]
         if verify and size == entry["size"]:
-            with path.open("rb") as file:
-                digest = hash_stream(file)
+            digest = hash_file(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}: {_AGAIN}") from None
     if size != entry["size"]:

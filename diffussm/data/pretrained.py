@@ -3,7 +3,6 @@
 A model is a folder with config.json and diffusion_pytorch_model.safetensors, here or on the Hugging Face hub.
 """
 
-import hashlib
 import json
 import re
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffussm.runtime.errors import DataError, note
+from diffussm.runtime.hashing import hash_file, hash_text
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -93,7 +93,7 @@ class Pretrained:
             if not key.startswith("_") and key not in NO_ARCHITECTURE
         }
         canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return hash_text(canonical)
 
     @cached_property
     def _config_file(self) -> Path:
@@ -201,8 +201,4 @@ def _answers(url: str) -> bool:
 
 @lru_cache
 def _sha256(file: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hash_file(file)

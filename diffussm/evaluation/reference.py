@@ -1,6 +1,5 @@
 """References: what samples are compared with, read and made as files in ADM's npz layout."""
 
-import hashlib
 import json
 import math
 import zipfile
@@ -16,6 +15,7 @@ from torch import Tensor
 from diffussm.evaluation.features import FeatureExtractor
 from diffussm.evaluation.statistics import FeatureStatistics
 from diffussm.runtime.errors import ConfigError, DataError
+from diffussm.runtime.hashing import hash_file, hash_text
 from diffussm.runtime.run_dir import atomic_file
 
 # What is read of a file; anything else in it is left alone.
@@ -38,7 +38,7 @@ class Reference:
     def __init__(self, path: Path) -> None:
         try:
             arrays = read_arrays(path)
-            self.sha256 = _sha256(path)
+            self.sha256 = hash_file(path)
             self.pool, self.spatial = (_moments(arrays, suffix) for suffix in ("", "_s"))
             self.images, self.held_out = (_to_nchw(arrays[name]) if name in arrays else None for name in IMAGES)
             labels = arrays.get("held_out_labels")
@@ -89,7 +89,7 @@ class Reference:
                     "choose a reference of that size",
                 )
         theirs = self.texts.get("preprocessing_sha256")
-        if preprocessing is not None and theirs is not None and theirs != _sha256_of_text(preprocessing):
+        if preprocessing is not None and theirs is not None and theirs != hash_text(preprocessing):
             raise self._error(
                 f"made from {self.preprocessing}; the data is prepared otherwise: {preprocessing}",
                 "make the reference from data like that",
@@ -226,15 +226,3 @@ def _to_nchw(images: np.ndarray) -> Tensor:
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(f"images must be uint8 (N, H, W, C), not {images.dtype} {images.shape}")
     return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sha256_of_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -21,6 +21,7 @@ import safetensors.torch
 from torch import Tensor
 
 from diffussm.runtime.errors import RunDirectoryError, StorageError
+from diffussm.runtime.hashing import hash_file, hash_text
 from diffussm.runtime.run_dir import sync_directory, write_and_sync
 
 FORMAT_VERSION = 2
@@ -47,7 +48,7 @@ class Checkpoint:
     @property
     def sha256(self) -> str:
         """A hash that stands for the whole checkpoint."""
-        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
+        return hash_text(json.dumps(self.files, sort_keys=True))
 
     @property
     def ema_names(self) -> list[str]:
@@ -192,7 +193,7 @@ def find_checkpoint(path: Path, warn: Callable[[str], None] = print, key: str = 
 def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest with the SHA-256 of all that it says beside it, by which its own damage is found."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+    return {**content, "sha256": hash_text(json.dumps(content, sort_keys=True))}
 
 
 def _not_ours(path: Path, error: object) -> RunDirectoryError:
@@ -235,19 +236,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _verify(path: Path, entry: Mapping[str, Any]) -> None:
-    digest = hashlib.sha256()
+    digest = ""
     try:
         is_file, size = path.is_file(), path.stat().st_size  # a device or a pipe may never end
         if is_file and size == entry["size"]:
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
+            digest = hash_file(path)
     except OSError as error:
         raise RunDirectoryError(f"{path}: {error.strerror}: use another checkpoint") from None
     if not is_file:
         raise RunDirectoryError(f"{path}: no file: use another checkpoint")
     if size != entry["size"]:
         raise RunDirectoryError(f"{path}: truncated: expected {entry['size']} bytes, found {size}")
-    if digest.hexdigest() != entry["sha256"]:
-        expected, found = entry["sha256"][:12], digest.hexdigest()[:12]
+    if digest != entry["sha256"]:
+        expected, found = entry["sha256"][:12], digest[:12]
         raise RunDirectoryError(f"{path}: damaged: expected SHA-256 {expected}..., found {found}...")

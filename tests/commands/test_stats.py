@@ -11,6 +11,7 @@ import torch
 from data.damaged import write_configs
 from data.photographs import crop, encoded
 
+import diffussm.commands.stats  # noqa: F401  (before parts that it imports are replaced)
 from diffussm.cli import main
 from diffussm.data.decode import center_crop, decode
 from diffussm.data.images import Digits, ImageFolder
