@@ -448,7 +448,7 @@ def _describe_work(config: DictConfig, processes: Processes, device: torch.devic
     return {
         "run": config.name,
         "model": f"{model}, {settings.precision}",
-        "batch": f"{settings.batch_size} images over {processes.world_size} processes",
+        "batch": f"{settings.batch_size} images; processes: {processes.world_size}",
         "device": f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads",
     }
 
