@@ -103,7 +103,7 @@ def make_photographs(folder: Path, count: int = 40) -> Path:
 
 @pytest.mark.parametrize("num_images", [10, 30, 1000])
 def test_unreadable_images_are_listed_and_others_take_their_place(in_tmp, monkeypatch, capsys, num_images):
-    monkeypatch.setattr("diffussm.build.construct", lambda node, key: Colours())
+    monkeypatch.setattr("diffussm.build.evaluating.construct", lambda node, key: Colours())
     folder = make_photographs(Path("photographs"))
     damaged = ["0/00.png", "0/04.png", "1/05.png", "1/39.png"]
     for name in damaged:

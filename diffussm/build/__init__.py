@@ -1,0 +1,33 @@
+"""From configuration to objects, the last before expensive work; the only caller of Hydra's `instantiate`."""
+
+from diffussm.build.checks import check_latents, describe_fingerprint, recorded_autoencoder
+from diffussm.build.costs import complexity_of, training_flops_of
+from diffussm.build.evaluating import PACKAGE_PREFIX, build_evaluation, build_extractor
+from diffussm.build.instantiation import check_signature, construct, refuse_foreign_code
+from diffussm.build.system import System, build_source, create_model
+from diffussm.build.training import MAX_GRID_ROWS, build_trainer
+from diffussm.build.weights import check_device_name, choose_device, choose_weights, load_weights, read_weights
+
+__all__ = [
+    "MAX_GRID_ROWS",
+    "PACKAGE_PREFIX",
+    "System",
+    "build_evaluation",
+    "build_extractor",
+    "build_source",
+    "build_trainer",
+    "check_device_name",
+    "check_latents",
+    "check_signature",
+    "choose_device",
+    "choose_weights",
+    "complexity_of",
+    "construct",
+    "create_model",
+    "describe_fingerprint",
+    "load_weights",
+    "read_weights",
+    "recorded_autoencoder",
+    "refuse_foreign_code",
+    "training_flops_of",
+]
