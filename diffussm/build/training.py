@@ -26,9 +26,10 @@ from diffussm.training.checkpoint import CheckpointStore
 from diffussm.training.logging import MetricsLog
 from diffussm.training.precision import Precision
 from diffussm.training.profiling import Profile
+from diffussm.training.protocols import Batches, Periodic
 from diffussm.training.relay import Relay
 from diffussm.training.throughput import Throughput, device_peak
-from diffussm.training.trainer import Batches, Periodic, Trainer
+from diffussm.training.trainer import Trainer
 
 MAX_GRID_ROWS = GRID_COLUMNS = 10
 

@@ -49,9 +49,8 @@ def choose_device(name: str) -> torch.device:
     check_device_name(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name}: not available here: choose auto or cpu") from error
+    device = torch.device(name)
+    # Counted, not tried out: to touch a GPU is to hold memory there, and a process of many has another one.
+    if device.type == "cuda" and torch.cuda.device_count() <= (device.index or 0):
+        raise ConfigError(f"device={name}: not available here: choose auto or cpu")
     return device

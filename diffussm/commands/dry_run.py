@@ -24,8 +24,8 @@ from diffussm.runtime.launch import Place
 from diffussm.runtime.run_dir import RunDirectory
 from diffussm.runtime.seeding import make_generator
 from diffussm.training.checkpoint import CheckpointStore
+from diffussm.training.parallel import split
 from diffussm.training.precision import Precision
-from diffussm.training.trainer import split
 
 CPU = torch.device("cpu")
 

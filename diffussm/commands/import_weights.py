@@ -21,7 +21,7 @@ from diffussm.runtime.hashing import hash_file
 from diffussm.runtime.run_dir import RunDirectory, write_atomically
 from diffussm.training.checkpoint import CheckpointStore
 from diffussm.training.ema import average_names
-from diffussm.training.trainer import TrainState
+from diffussm.training.train_state import TrainState
 
 # What the public DiTs draw with; other autoencoders of as many channels are to be named.
 AUTOENCODERS = {4: "sd_vae_ft_ema"}

@@ -127,7 +127,7 @@ def _train(config: DictConfig, directory: RunDirectory, stop: StopRequest) -> in
             raise
         try:
             processes.on_first(lambda: _open(directory, source, system, trainer))
-            trainer.run()
+            trainer.run(accepted=lambda: _write_config(directory, config))
         except BaseException as error:
             _write_failure(directory, trainer, error)
             raise
@@ -169,13 +169,16 @@ def _open(directory: RunDirectory, source: "Source", system: "System", trainer: 
     trainer.changes = _find_changes(directory, config)
     for line in trainer.changes:
         note(f"configuration changed: {line}")
-    content = OmegaConf.to_yaml(config, resolve=True)
-    write_atomically(directory.path / "config.yaml", content.encode())
     before = directory.read_status() or {}
     restarts = 0 if before.get("state", "imported") == "imported" else before.get("restarts", 0) + 1
     total = config.trainer.total_images
     directory.write_status("running", restarts=restarts, total_images=total, limit_seconds=START_LIMIT_SECONDS)
     print(summarize(system, source, trainer), file=sys.stderr, flush=True)
+
+
+def _write_config(directory: RunDirectory, config: DictConfig) -> None:
+    content = OmegaConf.to_yaml(config, resolve=True)
+    write_atomically(directory.path / "config.yaml", content.encode())
 
 
 def _write_failure(directory: RunDirectory, trainer: "Trainer", error: BaseException) -> None:

@@ -112,7 +112,10 @@ class RunDirectory(OwnedDirectory):
             known = self.read_status() or {}
         kept = {key: value for key, value in known.items() if key not in ("exit_code", "message", "doing")}
         here = {"updated": time.strftime(TIME_FORMAT), "pid": os.getpid(), "host": socket.gethostname()}
-        write_json(self.path / "status.json", {**kept, "state": state, **here, **facts})
+        content = json.dumps({**kept, "state": state, **here, **facts}, indent=2, allow_nan=False) + "\n"
+        # Any process of a job may tell how it ended, while the first tells how it goes on.
+        with atomic_file(self.path / "status.json", mark=f".{here['host']}.{os.getpid()}") as file:
+            file.write(content.encode())
 
 
 def refuse_unwritable(path: Path, setting: str, remedy: str) -> None:
@@ -133,14 +136,17 @@ def refuse_unwritable(path: Path, setting: str, remedy: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, mark: str = "") -> Iterator[BinaryIO]:
     """A file to write and read back, which appears at `path`, safe on the disk, if the block ends without error.
 
     A reader, and a crash, see either the old content or all of the new. An OSError in the block is taken for one
     of writing, and becomes a StorageError.
+
+    Args:
+        mark: tells writers apart where there may be several.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{mark}.tmp")
     try:
         with temporary.open("w+b") as file:
             yield file

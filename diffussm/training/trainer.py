@@ -10,15 +10,14 @@ model, objective and batches by protocol only.
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NoReturn, Protocol
+from dataclasses import asdict
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from diffussm.runtime.distributed import Interrupted, Processes, Undertaking
+from diffussm.runtime.distributed import Interrupted, Processes
 from diffussm.runtime.errors import (
-    ConfigError,
     DivergedError,
     OutOfMemoryError,
     Preempted,
@@ -32,10 +31,18 @@ from diffussm.training.ema import ModelAverages
 from diffussm.training.initial import InitialWeights
 from diffussm.training.logging import MetricsLog, Progress, headline
 from diffussm.training.optim import learning_rate_factor
-from diffussm.training.parallel import local_gradients, wrap_model
+from diffussm.training.parallel import local_gradients, split, wrap_model
 from diffussm.training.precision import Precision
 from diffussm.training.profiling import NoProfile
+from diffussm.training.protocols import Batch, Batches, Draws, Objective, Periodic
 from diffussm.training.throughput import Throughput, peak_memory_gib
+from diffussm.training.train_state import (
+    TrainState,
+    check_train_state,
+    load_optimizer_state,
+    optimizer_state,
+    refuse_non_finite,
+)
 from diffussm.training.window import MetricsWindow
 
 MAX_SKIPPED_STEPS = 20
@@ -43,81 +50,6 @@ MAX_FAILED_SAVES = 3
 REPORT_SECONDS = 30.0  # between two reports where no record is due
 # After which a run that has not reported again is taken for stalled: in its steps, and in what takes longer.
 STEP_LIMIT_SECONDS, LIMIT_SECONDS = 300.0, 1800.0
-
-
-class Batch(Protocol):
-    """This process's share of a batch: what `to_latents` turns into x_0, and labels (None: unconditional)."""
-
-    @property
-    def images(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor | None: ...
-    @property
-    def noise(self) -> Tensor | None: ...
-
-
-class Batches(Protocol):
-    """This process's share of every batch by step, from any step on."""
-
-    @property
-    def fingerprint(self) -> Mapping[str, Any]: ...
-    def starting_at(self, step: int) -> Generator[Batch, None, None]: ...
-
-
-class Draws(Protocol):
-    """An objective's random draws for a batch, sliceable by sample."""
-
-    @property
-    def t(self) -> Tensor: ...
-    @property
-    def weight(self) -> Tensor: ...
-    def __getitem__(self, samples: slice) -> "Draws": ...
-    def to(self, device: torch.device) -> "Draws": ...
-
-
-class Objective(Protocol):
-    """What is minimised: `draw` what is random about a global batch, then terms (B,) of any slice of it and noise.
-
-    It may `observe` the losses of a whole step; what it then remembers is its `state`.
-    """
-
-    @property
-    def num_timesteps(self) -> int: ...
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Any: ...
-    def __call__(
-        self, model: Callable[..., Tensor], x_0: Tensor, y: Tensor | None, draws: Any, noise: Tensor
-    ) -> dict[str, Tensor]: ...
-    def observe(self, draws: Any, loss: Tensor) -> None: ...
-    def state(self) -> dict[str, Tensor]: ...
-    def load(self, state: Mapping[str, Tensor]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Periodic:
-    """Something to do with the averaged model every so many images and at the end (None: only then).
-
-    All processes do it together. What `action(model, images, undertaking)` returns in the first of them is logged.
-    It must leave torch's global state as it finds it.
-    """
-
-    name: str
-    every_images: int | None
-    action: Callable[[nn.Module, int, Undertaking], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where a run stands, apart from its tensors: a checkpoint's train_state.json. By default, before any step."""
-
-    data: Mapping[str, Any]  # the fingerprint of what it was trained on; always with image_shape
-    step: int = 0
-    images: int = 0
-    ema_updates: int = 0
-    skipped_steps: int = 0
-    loss_scale: Mapping[str, Any] = field(default_factory=dict)
-    window: Mapping[str, Any] | None = None
-    pending: Sequence[str] = ()  # what was due with this step and is still to be done
-    imported: Mapping[str, Any] | None = None  # the file that it began with, if its weights are not its own
 
 
 class Trainer:
@@ -205,11 +137,16 @@ class Trainer:
         """Images seen."""
         return self.step * self.batch_size
 
-    def run(self) -> None:
-        """Train to the end. Raises Preempted after a full checkpoint when asked to stop."""
+    def run(self, accepted: Callable[[], object] = lambda: None) -> None:
+        """Train to the end. Raises Preempted after a full checkpoint when asked to stop.
+
+        Args:
+            accepted: called in the first process once the checkpoint to continue, if there is one, fits.
+        """
         with self.processes.noticing_losses():
             self.network = wrap_model(self.model, self.processes, len(self.parts))
         self.restore()
+        self.processes.on_first(accepted)
         if self.processes.is_first:
             self.log.start(self.images)
             if self.step:
@@ -463,7 +400,7 @@ class Trainer:
         tensors = {
             "model": self.model.state_dict(),
             **self.averages.state(),
-            "optimizer": self._optimizer_state(),
+            "optimizer": optimizer_state(self.model, self.optimizer),
         }
         if state := self.objective.state():
             tensors["objective"] = state
@@ -478,7 +415,7 @@ class Trainer:
             pending=self.pending,
             imported=self.imported,
         )
-        self._refuse_non_finite(tensors)
+        refuse_non_finite(tensors, self.step)
         documents = {"train_state": asdict(train_state), "config": dict(self.config)}
         for _ in range(2):
             try:
@@ -499,22 +436,13 @@ class Trainer:
         """Keep the power averages as they are; a failure costs this snapshot only."""
         assert self.snapshots is not None
         tensors = self.averages.power_state()
-        self._refuse_non_finite(tensors)
+        refuse_non_finite(tensors, self.step)
         if self.averages.num_updates:
             try:
                 facts = {"images": self.images, "ema_updates": self.averages.num_updates}
                 self.snapshots.save(self.step, tensors, {"snapshot": facts})
             except StorageError as error:
                 say(f"going on without this snapshot of averages: {error}")
-
-    def _refuse_non_finite(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for group in tensors.values():
-            for name, tensor in group.items():
-                if not tensor.isfinite().all():
-                    raise DivergedError(
-                        f"{name} is no longer finite at step {self.step}, nothing was saved: lower optimizer.lr; "
-                        "the checkpoints before it are intact"
-                    )
 
     def restore(self) -> None:
         """Continue from the newest valid checkpoint; without any, start at step 0, from `initial` if it is set.
@@ -531,7 +459,7 @@ class Trainer:
                 return None
             checkpoint.check_model(self.model.state_dict())
             document = checkpoint.document("train_state")
-            _check_train_state(document, checkpoint.path)
+            check_train_state(document, checkpoint.path)
             if missing := [name for name in self.averages.state() if name not in checkpoint.ema_names]:
                 raise RunDirectoryError(
                     f"{checkpoint.path}: holds {', '.join(checkpoint.ema_names)} and not {', '.join(missing)}: an "
@@ -574,12 +502,7 @@ class Trainer:
     def _load(self, read: Callable[[str], dict[str, Tensor]], train_state: TrainState) -> None:
         self.model.load_state_dict(read("model"))
         self.averages.load({name: read(name) for name in self.averages.state()}, train_state.ema_updates)
-        parameters = dict(self.model.named_parameters())
-        for key, tensor in read("optimizer").items():
-            name, _, field = key.rpartition("/")
-            if name not in parameters or tensor.shape not in ((), parameters[name].shape):
-                raise RunDirectoryError(f"optimizer.safetensors of the checkpoint: {key} is of no parameter here")
-            self.optimizer.state[parameters[name]][field] = tensor.to(self.device)
+        load_optimizer_state(self.model, self.optimizer, read("optimizer"))
         if objective := read("objective"):
             self.objective.load(objective)
         if self.precision.scaler.is_enabled() and train_state.loss_scale:
@@ -590,13 +513,6 @@ class Trainer:
         self.saved_step = self.step if train_state.images == self.images else None
         if train_state.window is not None:
             self.window.load(train_state.window)
-
-    def _optimizer_state(self) -> dict[str, Tensor]:
-        return {
-            f"{name}/{field}": tensor
-            for name, parameter in self.model.named_parameters()
-            for field, tensor in self.optimizer.state.get(parameter, {}).items()
-        }
 
     def _due(self, every_images: int) -> bool:
         """Whether this step crossed a multiple of `every_images`."""
@@ -645,35 +561,3 @@ class Trainer:
                 "limit_seconds": limit_seconds,
             }
         )
-
-
-def _check_train_state(document: Mapping[str, Any], where: object) -> None:
-    """RunDirectoryError unless this is what a TrainState becomes as JSON."""
-    counts = ("step", "images", "ema_updates", "skipped_steps")
-    known = {item.name for item in fields(TrainState)}
-    whole = (
-        "data" in document
-        and document.keys() <= known
-        and all(isinstance(document.get(name, 0), int) and document.get(name, 0) >= 0 for name in counts)
-        and isinstance(document.get("pending", []), list)
-        and isinstance(document.get("window"), dict | None)
-    )
-    if not whole:
-        raise RunDirectoryError(f"{where}/train_state.json: not what a checkpoint holds: use another checkpoint")
-
-
-def split(batch_size: int, processes: Processes, device_batch_size: int | None) -> list[range]:
-    """This process's share of a batch in parts of at most `device_batch_size`, as many as every process has.
-
-    ConfigError if a process would have an empty part.
-    """
-    fewest, most = batch_size // processes.world_size, -(-batch_size // processes.world_size)
-    num_parts = -(-most // (device_batch_size or most or 1))
-    if num_parts > fewest:
-        each = "" if device_batch_size is None else f", {device_batch_size} at a time"
-        raise ConfigError(
-            f"trainer.batch_size={batch_size}: cannot be shared by {processes.world_size} processes{each}: "
-            f"set it to a multiple of {processes.world_size}"
-        )
-    share = processes.share(batch_size)
-    return [share[len(share) * i // num_parts : len(share) * (i + 1) // num_parts] for i in range(num_parts)]

@@ -78,6 +78,8 @@ def test_a_checkpoint_of_another_model_is_refused_with_both_sides(run, tmp_path,
         assert both, said
         refused += both
     assert [found.name for found in checkpoints(tmp_path / "run")] == ["step-000000000002"]
+    # What was refused has left no trace: the run is still the one that it was.
+    assert main(command(tmp_path / "run", "trainer.total_images=64")) == 0
     figure(f"{refused}/{len(OTHER_MODELS)} refused, both sides named")
 
 

@@ -14,7 +14,7 @@ from test_trainer import fingerprint, records
 from diffussm.runtime.distributed import Processes
 from diffussm.runtime.errors import ConfigError
 from diffussm.runtime.launch import Place
-from diffussm.training.trainer import split
+from diffussm.training.parallel import split
 
 # Such a small learning rate that rounding is not blown up within 50 steps.
 STEADY = ("optimizer.lr=1e-4", "trainer.log_every_images=16", "trainer.total_images=800")

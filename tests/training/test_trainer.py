@@ -19,7 +19,8 @@ from diffussm.runtime.distributed import Interrupted, Processes
 from diffussm.runtime.errors import DataError, DivergedError, Preempted, RunDirectoryError, StorageError
 from diffussm.runtime.run_dir import RunDirectory
 from diffussm.runtime.seeding import draw_normal
-from diffussm.training.trainer import Periodic, Trainer
+from diffussm.training.protocols import Periodic
+from diffussm.training.trainer import Trainer
 
 
 def make_trainer(path: Path, *overrides: str, stop=lambda: False, notes: list[str] | None = None) -> Trainer:
