@@ -184,10 +184,10 @@ from diffussm.training.trainer import Trainer
 
 run = Trainer.run
 
-def run_and_tell(self):
+def run_and_tell(self, **options):
     to_latents, is_last = self.to_latents, self.processes.rank == 1
     self.to_latents = lambda *batch: to_latents(*batch) * (float("inf") if is_last and self.step == 5 else 1)
-    run(self)
+    run(self, **options)
     weights = b"".join(tensor.numpy().tobytes() for tensor in self.model.state_dict().values())
     told = self.precision.scaler.state_dict(), self.skipped_steps, hashlib.sha256(weights).hexdigest()
     print("TOLD " + json.dumps(told), flush=True)
