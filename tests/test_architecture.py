@@ -31,8 +31,9 @@ ALLOWED = {
     "pipeline": {"models", "diffusion", "data"},
     "bench": {"build", "models", "diffusion", "data", "training", "evaluation", "runtime"},
     "cli": {"commands", "runtime"},
+    "notebook": {"build", "commands", "runtime", "training"},
     "__main__": {"cli"},
-    "__init__": {"build"},
+    "__init__": {"build", "notebook"},
 }  # fmt: skip
 # Within a package: file -> files of the same package that it may import.
 ALLOWED_WITHIN = {
