@@ -218,6 +218,21 @@ class ComplexityConfig:
 
 
 @dataclass
+class PlanConfig(TrainConfig):
+    """`diffussm plan`: the configuration of the run that is planned."""
+
+    gpus: int = free(8)  # that share each stage
+    gpu: str = free("a100")  # one of GPUS in plan/facts.py, or cpu: this machine
+    mfu: float | None = free(None)  # the share of their peak that is reached; null: 0.35 is assumed
+    price_per_hour: float | None = free(None)  # of one GPU; null: no prices
+    archive: str | None = free(None)  # of ARCHIVES in plan/facts.py; null: the one that data.path is called after
+    num_images: int | None = free(None)  # of the data set; null: counted, or the archive's
+    dtype: str = free("fp16")  # of the stored moments, as of `diffussm encode`
+    num_samples: int | None = free(None)  # null: those of the evaluation; without one, 50,000 are assumed
+    json: bool = free(False)  # print JSON, not a table
+
+
+@dataclass
 class SchedulesConfig:
     """`diffussm schedules`."""
 
@@ -262,6 +277,7 @@ ROOTS = {
     "stats": StatsConfig,
     "inspect": InspectConfig,
     "complexity": ComplexityConfig,
+    "plan": PlanConfig,
     "schedules": SchedulesConfig,
     "bench": BenchConfig,
 }
@@ -291,7 +307,8 @@ def validate(config: DictConfig) -> None:
             raise ConfigError(f"{key}={value}: must be a finite number")
     if "trainer" in config:
         _validate_trainer(config)
-    for key, least in (("seed", 0), ("num_images", 1), ("batch_size", 1), ("num_workers", 0), ("examined", 1)):
+    at_least = {"seed": 0, "num_images": 1, "batch_size": 1, "num_workers": 0, "examined": 1, "num_samples": 1}
+    for key, least in at_least.items():
         given = config.get(key)
         _require(config, key, given is None or given >= least, f"must be at least {least}")
     if "name" in config:
@@ -313,6 +330,14 @@ def validate(config: DictConfig) -> None:
         _require(config, "init_weights", not unused, "of what? set init_from too")
     if "suites" in config:
         _validate_bench(config)
+    if "gpus" in config:
+        _require(config, "gpus", config.gpus >= 1, "must be at least 1")
+        _require(config, "mfu", config.mfu is None or 0 < config.mfu <= 1, "must be above 0 and at most 1")
+        price = config.price_per_hour
+        _require(
+            config, "price_per_hour", price is None or price >= 0, "must be at least 0, or null for no prices"
+        )
+        _require_choice(config, "dtype", ("fp16", "fp32"))
     if "resolutions" in config:
         fit = len(config.resolutions) > 0 and all(side > 0 and side % 8 == 0 for side in config.resolutions)
         _require(config, "resolutions", fit, "needs at least one positive multiple of 8")

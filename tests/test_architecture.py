@@ -21,11 +21,12 @@ ALLOWED = {
     "training": {"runtime"},
     "evaluation": {"runtime"},
     "report": {"runtime"},
+    "plan": {"training"},
     "config": {"runtime"},
     "compose": {"config", "runtime"},
     "build": {"compose", "config", "runtime", "models", "diffusion", "data", "training", "evaluation", "report"},
     "commands": {
-        "build", "compose", "config", "runtime", "pipeline",
+        "build", "compose", "config", "runtime", "pipeline", "plan",
         "models", "diffusion", "data", "training", "evaluation", "report", "bench",
     },
     "pipeline": {"models", "diffusion", "data"},
