@@ -223,7 +223,9 @@ DESCRIPTIONS = {
         a Markdown table with goals; writes bench.json and bench.md, after every result.
 
           suites=[layer,block]          of layer, convolution, block, model, dit, sampling, gemm, xl,
-                                        data, trainer, evaluation
+                                        data, trainer, evaluation; and scaling, of the models as images grow:
+          resolutions=[256,512,1024,2048]
+                                        of the images, in pixels
           lengths=[256,1024,4096,16384] tokens
           batch_size=4 hidden_size=384 d_state=64 depth=13
           repetitions=9 seconds=10      at most, for every call

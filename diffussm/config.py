@@ -244,7 +244,7 @@ class SchedulesConfig:
 class BenchConfig:
     """`diffussm bench`."""
 
-    suites: list[str] | None = free(None)  # of BENCH_SUITES; null: all, xl on a GPU only
+    suites: list[str] | None = free(None)  # of BENCH_SUITES; null: all but scaling, xl on a GPU only
     lengths: list[int] = free([256, 1024, 4096, 16384])  # tokens; squares of even numbers
     batch_size: int = free(4)
     hidden_size: int = free(384)  # a multiple of 64, the width of an attention head
@@ -258,6 +258,7 @@ class BenchConfig:
     precision: str | None = free(None)  # fp32 or bf16 (autocast); null: bf16 on a GPU
     compile: bool | None = free(None)  # torch.compile; null: on a GPU
     keep_freed_memory: bool = free(False)  # measure with the allocator set as `train` sets it, not as it comes
+    resolutions: list[int] = free([256, 512, 1024, 2048])  # of the suite scaling: of images, in pixels
     out: str = free("bench")  # directory of bench.json and bench.md
 
 
@@ -266,6 +267,7 @@ SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "density", 
 METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
 BENCH_SUITES = (
     "layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data", "trainer", "evaluation",
+    "scaling",
 )  # fmt: skip
 ROOTS = {
     "train": TrainConfig,
@@ -385,6 +387,8 @@ def _validate_bench(config: DictConfig) -> None:
     _require(config, "lengths", are_grids, "needs squares of even numbers, such as 256, 1024, 4096")
     for key in ("repetitions", "depth"):
         _require(config, key, config[key] >= 1, "must be at least 1")
+    fit = len(config.resolutions) > 0 and all(side > 0 and side % 16 == 0 for side in config.resolutions)
+    _require(config, "resolutions", fit, "needs at least one positive multiple of 16")
     is_width = config.hidden_size > 0 and config.hidden_size % 64 == 0
     _require(config, "hidden_size", is_width, "must be a positive multiple of 64, the width of an attention head")
     _require(config, "d_state", config.d_state >= 2 and config.d_state % 2 == 0, "must be even and at least 2")

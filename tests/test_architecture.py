@@ -69,8 +69,9 @@ ALLOWED_WITHIN = {
         "loading": {"timing", "workload"},
         "training": {"timing", "workload"},
         "evaluating": {"timing", "workload"},
-        "suites": {"baselines", "evaluating", "loading", "training", "workload"},
-        "report": {"suites", "timing", "workload"},
+        "scaling": {"memory", "timing", "workload"},
+        "suites": {"baselines", "evaluating", "loading", "scaling", "training", "workload"},
+        "report": {"scaling", "suites", "timing", "workload"},
         "__init__": set(),
     },
     "build": {
