@@ -104,8 +104,8 @@ class Report:
         rows = [_cost_cells(cost, found.get((cost.subject, cost.tokens))) for cost in self.costs]
         return (
             "A forward pass of one image, latents an eighth of it a side. GMAC: dense layers and attention. "
-            "Scores of a layer: the memory of its attention matrices, where a kernel stores them. Where some blocks "
-            "were measured, the time of all is extrapolated from models of that many and of one; memory is beside "
+            "Scores of a layer: the memory of its attention matrices, where a kernel stores them. Where some "
+            "blocks were measured, the time of all is extrapolated from models of that many and of one; memory is beside "
             "the weights.\n\n" + table(COST_COLUMNS, rows)
         )
 
