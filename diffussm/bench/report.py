@@ -105,8 +105,8 @@ class Report:
         return (
             "A forward pass of one image, latents an eighth of it a side. GMAC: dense layers and attention. "
             "Scores of a layer: the memory of its attention matrices, where a kernel stores them. Where some "
-            "blocks were measured, the time of all is extrapolated from models of that many and of one; memory is beside "
-            "the weights.\n\n" + table(COST_COLUMNS, rows)
+            "blocks were measured, the time of all is extrapolated from models of that many and of one; memory "
+            "is beside the weights.\n\n" + table(COST_COLUMNS, rows)
         )
 
     def markdown(self) -> str:
