@@ -54,8 +54,12 @@ class Cost:
 
 def measure_scaling(setup: Setup, note: Callable[[str], None]) -> Iterator[Cost | Measurement | Skip]:
     """All costs, then what can be measured of them, small images first."""
-    costs = [_cost(name, pixels, setup) for pixels in sorted(setup.resolutions) for name in SUBJECTS]
-    yield from costs
+    costs = []
+    for pixels in sorted(setup.resolutions):
+        note(f"scaling, {pixels} pixels, on paper")
+        for name in SUBJECTS:
+            costs.append(_cost(name, pixels, setup))
+            yield costs[-1]
     rates: dict[str, tuple[int, float]] = {}  # tokens and seconds of one block, of the latest
     for cost in costs:
         note(f"scaling, {cost.pixels} pixels: {cost.subject}")
