@@ -119,7 +119,7 @@ class Report:
             f"`{self.command}`, {self.date}. "
             + ", ".join(f"{key} {value}" for key, value in machine.items())
             + ".",
-            (f"{self._sizes()}, " if any(m.suite != "data" for m in self.measurements) else "")
+            (f"{self._sizes()}, " if any(m.suite not in ("data", "scaling") for m in self.measurements) else "")
             + f"allocator {allocator}. Medians of alternating repetitions in one process. Only ratios carry over "
             "to another machine"
             + ("." if any(verdict.goal for verdict in verdicts) else "; goals are stated for other settings."),
