@@ -25,6 +25,7 @@ VERBS = {
     "import": "make a run directory from public DiT weights",
     "export": "write a checkpoint's weights for other programs",
     "complexity": "print parameters, multiply-accumulates, SSM work and activations of models",
+    "plan": "foresee a training from raw archive to table row: disk, time, memory, price",
     "schedules": "plot noise schedules and print them as a table",
     "bench": "measure speed and memory against textbook S4D, attention, DiT, diffusers and torchvision",
 }
@@ -191,6 +192,24 @@ DESCRIPTIONS = {
 
         GMAC: multiply-accumulates of dense layers and attention, which papers call Gflops. SSM GFLOP: FFTs,
         spectral products and kernels of the state-space layers. Activations: kept for backward, in fp32.""",
+    "plan": """\
+        Print what a whole job will take: raw data, encoding, training, memory, checkpoints, evaluation. Nothing is
+        started and nothing is needed; `train` has the keys of the run itself.
+
+          experiment=NAME               the run, and any key of `diffussm train`
+          gpus=8 gpu=a100               a100, a100_40, h100, h100_pcie, h200, l40s, a40, a10, l4, v100, v100_16,
+                                        rtx4090, rtx3090; or cpu, as this machine's
+          mfu=0.4                       the share of their peak that they reach; 0.35 is assumed
+          price_per_hour=2              of one GPU; none by default
+          archive=imagenet num_images=N the raw data: imagenet, lsun_bedroom, lsun_church (default: the one that
+                                        data.path is called after); or so many images
+          dtype=fp16 num_samples=50000  of the latent set; of the evaluation
+          evaluation=fid50k sampling.precision=bf16 sampler= guidance.scale=
+                                        as for `evaluate`
+          json=true                     print JSON
+
+        Every number is computed, published, given, measured or assumed; what follows from several is as uncertain
+        as the most uncertain.""",
     "schedules": """\
         Plot noise schedules, alphabar and SNR against t/T, and print where they pass as a table.
 
@@ -204,7 +223,9 @@ DESCRIPTIONS = {
         a Markdown table with goals; writes bench.json and bench.md, after every result.
 
           suites=[layer,block]          of layer, convolution, block, model, dit, sampling, gemm, xl,
-                                        data, trainer, evaluation
+                                        data, trainer, evaluation; and scaling, of the models as images grow:
+          resolutions=[256,512,1024,2048]
+                                        of the images, in pixels
           lengths=[256,1024,4096,16384] tokens
           batch_size=4 hidden_size=384 d_state=64 depth=13
           repetitions=9 seconds=10      at most, for every call

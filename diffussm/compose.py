@@ -67,6 +67,8 @@ def compose(
     may_miss = {"run_dir"}  # which follows from name
     if verb in ("import", "evaluate"):
         may_miss.add("data.path")  # weights alone tell of no data, and few metrics look at any
+    if verb == "plan":
+        may_miss |= {"data.path", "autoencoder.pretrained", "evaluation.reference"}  # which nothing is read from
     if verb == "stats":
         may_miss.add("evaluation.reference")  # which it is there to make
     if missing := sorted(OmegaConf.missing_keys(config) - may_miss):

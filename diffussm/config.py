@@ -218,6 +218,21 @@ class ComplexityConfig:
 
 
 @dataclass
+class PlanConfig(TrainConfig):
+    """`diffussm plan`: the configuration of the run that is planned."""
+
+    gpus: int = free(8)  # that share each stage
+    gpu: str = free("a100")  # one of GPUS in plan/facts.py, or cpu: this machine
+    mfu: float | None = free(None)  # the share of their peak that is reached; null: 0.35 is assumed
+    price_per_hour: float | None = free(None)  # of one GPU; null: no prices
+    archive: str | None = free(None)  # of ARCHIVES in plan/facts.py; null: the one that data.path is called after
+    num_images: int | None = free(None)  # of the data set; null: counted, or the archive's
+    dtype: str = free("fp16")  # of the stored moments, as of `diffussm encode`
+    num_samples: int | None = free(None)  # null: those of the evaluation; without one, 50,000 are assumed
+    json: bool = free(False)  # print JSON, not a table
+
+
+@dataclass
 class SchedulesConfig:
     """`diffussm schedules`."""
 
@@ -229,7 +244,7 @@ class SchedulesConfig:
 class BenchConfig:
     """`diffussm bench`."""
 
-    suites: list[str] | None = free(None)  # of BENCH_SUITES; null: all, xl on a GPU only
+    suites: list[str] | None = free(None)  # of BENCH_SUITES; null: all but scaling, xl on a GPU only
     lengths: list[int] = free([256, 1024, 4096, 16384])  # tokens; squares of even numbers
     batch_size: int = free(4)
     hidden_size: int = free(384)  # a multiple of 64, the width of an attention head
@@ -243,6 +258,7 @@ class BenchConfig:
     precision: str | None = free(None)  # fp32 or bf16 (autocast); null: bf16 on a GPU
     compile: bool | None = free(None)  # torch.compile; null: on a GPU
     keep_freed_memory: bool = free(False)  # measure with the allocator set as `train` sets it, not as it comes
+    resolutions: list[int] = free([256, 512, 1024, 2048])  # of the suite scaling: of images, in pixels
     out: str = free("bench")  # directory of bench.json and bench.md
 
 
@@ -251,6 +267,7 @@ SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "density", 
 METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
 BENCH_SUITES = (
     "layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data", "trainer", "evaluation",
+    "scaling",
 )  # fmt: skip
 ROOTS = {
     "train": TrainConfig,
@@ -262,6 +279,7 @@ ROOTS = {
     "stats": StatsConfig,
     "inspect": InspectConfig,
     "complexity": ComplexityConfig,
+    "plan": PlanConfig,
     "schedules": SchedulesConfig,
     "bench": BenchConfig,
 }
@@ -291,7 +309,8 @@ def validate(config: DictConfig) -> None:
             raise ConfigError(f"{key}={value}: must be a finite number")
     if "trainer" in config:
         _validate_trainer(config)
-    for key, least in (("seed", 0), ("num_images", 1), ("batch_size", 1), ("num_workers", 0), ("examined", 1)):
+    at_least = {"seed": 0, "num_images": 1, "batch_size": 1, "num_workers": 0, "examined": 1, "num_samples": 1}
+    for key, least in at_least.items():
         given = config.get(key)
         _require(config, key, given is None or given >= least, f"must be at least {least}")
     if "name" in config:
@@ -313,6 +332,14 @@ def validate(config: DictConfig) -> None:
         _require(config, "init_weights", not unused, "of what? set init_from too")
     if "suites" in config:
         _validate_bench(config)
+    if "gpus" in config:
+        _require(config, "gpus", config.gpus >= 1, "must be at least 1")
+        _require(config, "mfu", config.mfu is None or 0 < config.mfu <= 1, "must be above 0 and at most 1")
+        price = config.price_per_hour
+        _require(
+            config, "price_per_hour", price is None or price >= 0, "must be at least 0, or null for no prices"
+        )
+        _require_choice(config, "dtype", ("fp16", "fp32"))
     if "resolutions" in config:
         fit = len(config.resolutions) > 0 and all(side > 0 and side % 8 == 0 for side in config.resolutions)
         _require(config, "resolutions", fit, "needs at least one positive multiple of 8")
@@ -360,6 +387,8 @@ def _validate_bench(config: DictConfig) -> None:
     _require(config, "lengths", are_grids, "needs squares of even numbers, such as 256, 1024, 4096")
     for key in ("repetitions", "depth"):
         _require(config, key, config[key] >= 1, "must be at least 1")
+    fit = len(config.resolutions) > 0 and all(side > 0 and side % 16 == 0 for side in config.resolutions)
+    _require(config, "resolutions", fit, "needs at least one positive multiple of 16")
     is_width = config.hidden_size > 0 and config.hidden_size % 64 == 0
     _require(config, "hidden_size", is_width, "must be a positive multiple of 64, the width of an attention head")
     _require(config, "d_state", config.d_state >= 2 and config.d_state % 2 == 0, "must be even and at least 2")

@@ -21,18 +21,20 @@ ALLOWED = {
     "training": {"runtime"},
     "evaluation": {"runtime"},
     "report": {"runtime"},
+    "plan": {"training"},
     "config": {"runtime"},
     "compose": {"config", "runtime"},
     "build": {"compose", "config", "runtime", "models", "diffusion", "data", "training", "evaluation", "report"},
     "commands": {
-        "build", "compose", "config", "runtime", "pipeline",
+        "build", "compose", "config", "runtime", "pipeline", "plan",
         "models", "diffusion", "data", "training", "evaluation", "report", "bench",
     },
     "pipeline": {"models", "diffusion", "data"},
     "bench": {"build", "models", "diffusion", "data", "training", "evaluation", "runtime"},
     "cli": {"commands", "runtime"},
+    "notebook": {"build", "commands", "runtime", "training"},
     "__main__": {"cli"},
-    "__init__": {"build"},
+    "__init__": {"build", "notebook"},
 }  # fmt: skip
 # Within a package: file -> files of the same package that it may import.
 ALLOWED_WITHIN = {
@@ -67,8 +69,9 @@ ALLOWED_WITHIN = {
         "loading": {"timing", "workload"},
         "training": {"timing", "workload"},
         "evaluating": {"timing", "workload"},
-        "suites": {"baselines", "evaluating", "loading", "training", "workload"},
-        "report": {"suites", "timing", "workload"},
+        "scaling": {"memory", "timing", "workload"},
+        "suites": {"baselines", "evaluating", "loading", "scaling", "training", "workload"},
+        "report": {"scaling", "suites", "timing", "workload"},
         "__init__": set(),
     },
     "build": {

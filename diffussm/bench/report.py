@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from diffussm.bench.scaling import Cost
 from diffussm.bench.suites import COMPARISONS, Comparison
 from diffussm.bench.timing import cost_exponent
 from diffussm.bench.workload import Measurement, Setup, Skip
@@ -23,6 +24,10 @@ COMPARISON_COLUMNS = ("suite", "phase", "tokens", "compared", "measured", "goal"
 MEASUREMENT_COLUMNS = (
     "suite", "phase", "tokens", "subject", "parameters", "median ms", "spread", "times", "peak MiB", "images/s",
     "GFLOP/s",
+)  # fmt: skip
+COST_COLUMNS = (
+    "model", "px", "tokens", "parameters", "GMAC", "of it attention", "SSM GFLOP", "scores of a layer", "ms",
+    "peak MiB", "measured",
 )  # fmt: skip
 
 
@@ -50,12 +55,15 @@ class Report:
         self.out, self.command, self.setup = out, command, setup
         self.measurements: list[Measurement] = []
         self.skips: list[Skip] = []
+        self.costs: list[Cost] = []
         self.is_complete = False
         self.date = time.strftime("%Y-%m-%d %H:%M %z")
 
-    def add(self, result: Measurement | Skip) -> None:
+    def add(self, result: Measurement | Skip | Cost) -> None:
         """Take in a result."""
-        if isinstance(result, Skip):
+        if isinstance(result, Cost):
+            self.costs.append(result)
+        elif isinstance(result, Skip):
             self.skips.append(result)
         else:
             self.measurements.append(result)
@@ -79,6 +87,7 @@ class Report:
             "machine": describe_machine(self.setup.device),
             "setup": setup,
             "comparisons": [_verdict_record(verdict) for verdict in self.verdicts()],
+            "costs": [dataclasses.asdict(cost) for cost in self.costs],
             "measurements": [dataclasses.asdict(measurement) for measurement in self.measurements],
             "skipped": [dataclasses.asdict(skip) for skip in self.skips],
         }
@@ -89,8 +98,19 @@ class Report:
         compiled = ", compiled" if setup.compile else ""
         return f"{sizes}{compiled}, training steps without optimiser (but for the suite trainer)"
 
+    def _scaling(self) -> str:
+        """Costs on paper with what was measured of them."""
+        found = {(m.subject, m.length): m for m in self.measurements if m.suite == "scaling"}
+        rows = [_cost_cells(cost, found.get((cost.subject, cost.tokens))) for cost in self.costs]
+        return (
+            "A forward pass of one image, latents an eighth of it a side. GMAC: dense layers and attention. "
+            "Scores of a layer: the memory of its attention matrices, where a kernel stores them. Where some "
+            "blocks were measured, the time of all is extrapolated from models of that many and of one; memory "
+            "is beside the weights.\n\n" + table(COST_COLUMNS, rows)
+        )
+
     def markdown(self) -> str:
-        """Two tables and what was left out."""
+        """The tables and what was left out."""
         setup, machine = self.setup, describe_machine(self.setup.device)
         verdicts = self.verdicts()
         allocator = "as `diffussm train` sets it" if setup.keep_freed_memory else "as it comes"
@@ -99,7 +119,7 @@ class Report:
             f"`{self.command}`, {self.date}. "
             + ", ".join(f"{key} {value}" for key, value in machine.items())
             + ".",
-            (f"{self._sizes()}, " if any(m.suite != "data" for m in self.measurements) else "")
+            (f"{self._sizes()}, " if any(m.suite not in ("data", "scaling") for m in self.measurements) else "")
             + f"allocator {allocator}. Medians of alternating repetitions in one process. Only ratios carry over "
             "to another machine"
             + ("." if any(verdict.goal for verdict in verdicts) else "; goals are stated for other settings."),
@@ -107,11 +127,11 @@ class Report:
                 COMPARISON_COLUMNS,
                 [_verdict_cells(verdict) for verdict in verdicts],
             ),
-            table(
-                MEASUREMENT_COLUMNS,
-                [_measurement_cells(measurement) for measurement in self.measurements],
-            ),
         ]
+        if others := [m for m in self.measurements if m.suite != "scaling"]:
+            parts.append(table(MEASUREMENT_COLUMNS, [_measurement_cells(measurement) for measurement in others]))
+        if self.costs:
+            parts.append(self._scaling())
         if self.skips:
             lines = [
                 f"- {skip.suite}, {skip.phase}, {skip.length:,} tokens, {skip.subject}: {skip.reason}"
@@ -226,6 +246,29 @@ def _verdict_cells(verdict: Verdict) -> tuple[str, ...]:
         "" if verdict.goal is None else f"{sign} {show(verdict.goal)}",
         {None: "", True: "met", False: "missed"}[verdict.met],
     )
+
+
+def _cost_cells(cost: Cost, measurement: Measurement | None) -> tuple[str, ...]:
+    measured = ("", "", "no")
+    if measurement is not None:
+        extent = f"{measurement.blocks} blocks" if measurement.blocks else "whole"
+        seconds, mib = measurement.timing.seconds, measurement.peak_bytes / 2**20
+        measured = (f"{1e3 * seconds:,.0f}", f"{mib:,.0f}", extent)
+    return (
+        cost.subject,
+        str(cost.pixels),
+        f"{cost.tokens:,}",
+        f"{cost.parameters:,}",
+        f"{cost.macs / 1e9:,.1f}",
+        f"{cost.attention_macs / cost.macs:.0%}" if cost.attention_macs else "",
+        f"{cost.ssm_flops / 1e9:,.1f}" if cost.ssm_flops else "",
+        _size(cost.score_bytes) if cost.score_bytes else "",
+        *measured,
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
 
 
 def _measurement_cells(measurement: Measurement) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ xl            DiffuSSM-XL, DiT-XL/2 and DiT-XL with patches of 1, for a GPU
 data          latents and photographs as the loader brings them (loading.py)
 trainer       the trainer and a bare loop on the same model and data (training.py)
 evaluation    Inception's features and Frechet distances (evaluating.py)
+scaling       DiffuSSM and DiT with patches of 1 and 2 in sizes S, L, XL as images grow (scaling.py)
 """
 
 import math
@@ -33,6 +34,7 @@ from diffussm.bench.evaluating import (
     measure_evaluation,
 )
 from diffussm.bench.loading import FOLDER, LATENT_AREA, LATENTS, PHOTOGRAPH_AREA, TORCHVISION, measure_loading
+from diffussm.bench.scaling import Cost, measure_scaling
 from diffussm.bench.training import BARE, TOKENS, TRAINER, measure_trainer
 from diffussm.bench.workload import Measurement, Phase, Setup, Skip, Subject, measure_group
 from diffussm.build import create_model
@@ -117,10 +119,18 @@ COMPARISONS = (
     Comparison("evaluation", "features", "time", FEATURES, FIDELITY, {AREA: 1.0}),
     Comparison("evaluation", "features", "time", CHANNELS_LAST, FIDELITY, {AREA: 1.0}),
     Comparison("evaluation", "distance", "time", DISTANCE, SQRTM, {DIM: 2.0}),
+    Comparison("scaling", "forward", "time", "DiffuSSM-S", "DiT-S/1"),
+    Comparison("scaling", "forward", "time", "DiffuSSM-L", "DiT-L/1"),
+    Comparison("scaling", "forward", "time", "DiffuSSM-XL", "DiT-XL/1"),
+    Comparison("scaling", "forward", "exponent", "DiffuSSM-XL"),
+    Comparison("scaling", "forward", "exponent", "DiT-XL/1"),
+    Comparison("scaling", "forward", "exponent", "DiT-XL/2"),
 )
 
 
-def run_suites(names: Sequence[str], setup: Setup, note: Callable[[str], None]) -> Iterator[Measurement | Skip]:
+def run_suites(
+    names: Sequence[str], setup: Setup, note: Callable[[str], None]
+) -> Iterator[Measurement | Skip | Cost]:
     """Measure the suites, each at all lengths from the shortest on; `note` is told what comes next."""
     latest: dict[tuple[str, Phase, str], Measurement] = {}
     for suite in names:
@@ -132,6 +142,9 @@ def run_suites(names: Sequence[str], setup: Setup, note: Callable[[str], None]) 
             continue
         if suite == "evaluation":
             yield from measure_evaluation(setup, note)
+            continue
+        if suite == "scaling":
+            yield from measure_scaling(setup, note)
             continue
         maker, phases, most = SUITES[suite]
         for length in sorted(setup.lengths):

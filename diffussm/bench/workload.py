@@ -39,6 +39,7 @@ class Setup:
     precision: str
     compile: bool
     keep_freed_memory: bool = False
+    resolutions: tuple[int, ...] = (256, 512, 1024, 2048)  # of images, in pixels; of the suite scaling
 
     @property
     def is_reference(self) -> bool:
@@ -57,7 +58,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One subject in one phase. `flops` are those of dense layers and attention, `items` images, in one call."""
+    """One subject in one phase. `flops` are those of dense layers and attention, `items` images, in one call.
+
+    blocks: that were measured, where the rest of a model is extrapolated; 0: all.
+    """
 
     suite: str
     phase: Phase
@@ -68,6 +72,7 @@ class Measurement:
     parameters: int
     flops: int
     items: int = 0
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def measure_group(
             continue
         workload = Workload(*subject.build(setup.device), setup)
         costs[subject.name] = measure_module(workload.module, *workload.inputs)
-        peaks[subject.name] = _warm_peak(workload, phase)
+        peaks[subject.name] = warm_peak(workload, phase)
         workloads[subject.name] = workload
     calls = {name: partial(workload.run, phase) for name, workload in workloads.items()}
     if not calls:
@@ -155,7 +160,7 @@ def _fake_call(subject: Subject, setup: Setup, phase: Phase) -> Callable[[], Non
     return lambda: workload.run(phase)
 
 
-def _warm_peak(workload: Workload, phase: Phase) -> int:
+def warm_peak(workload: Workload, phase: Phase) -> int:
     """Peak memory of the second call; of the first, where that was slow enough to be warm-up and measurement."""
     start = time.perf_counter()
     peak = measured_peak(lambda: workload.run(phase), workload.setup.device)

@@ -1,7 +1,7 @@
 """From configuration to objects, the last before expensive work; the only caller of Hydra's `instantiate`."""
 
 from diffussm.build.checks import check_latents, describe_fingerprint, recorded_autoencoder
-from diffussm.build.costs import complexity_of, training_flops_of
+from diffussm.build.costs import autoencoder_macs, complexity_of, training_flops_of
 from diffussm.build.evaluating import PACKAGE_PREFIX, build_evaluation, build_extractor
 from diffussm.build.instantiation import check_signature, construct, refuse_foreign_code
 from diffussm.build.system import System, build_source, create_model
@@ -12,6 +12,7 @@ __all__ = [
     "MAX_GRID_ROWS",
     "PACKAGE_PREFIX",
     "System",
+    "autoencoder_macs",
     "build_evaluation",
     "build_extractor",
     "build_source",

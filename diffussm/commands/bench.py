@@ -8,17 +8,20 @@ import torch
 from omegaconf import DictConfig
 
 from diffussm.bench.report import Report
+from diffussm.bench.scaling import Cost
 from diffussm.bench.suites import run_suites
 from diffussm.bench.workload import GIB, Setup, Skip
 from diffussm.build import choose_device
 from diffussm.commands import note, print_config
 from diffussm.compose import compose
 from diffussm.config import BENCH_SUITES
+from diffussm.report.curves import Panel, save_curves
 from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.errors import ConfigError, RunDirectoryError
 
 CPU_MEMORY_LIMIT_GIB = 12.0
 GPU_MEMORY_SHARE = 0.9
+PICTURE = "scaling.png"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,11 +32,12 @@ def run(options: argparse.Namespace) -> int:
     if config.keep_freed_memory:
         keep_freed_memory()
     setup = _setup(config)
-    suites = config.suites or [name for name in BENCH_SUITES if name != "xl" or setup.device.type == "cuda"]
+    left_out = {"scaling"} if setup.device.type == "cuda" else {"scaling", "xl"}  # unless asked for
+    suites = config.suites or [name for name in BENCH_SUITES if name not in left_out]
     if "xl" in suites and setup.device.type != "cuda":
         raise ConfigError("suites=[xl]: its models are for a GPU: add device=cuda")
     out = Path(config.out)
-    for path in (out / "bench.json", out / "bench.md"):
+    for path in (out / "bench.json", out / "bench.md", out / PICTURE):
         if path.exists():
             raise RunDirectoryError(
                 f"out={out}: {path.name} is there already: move it away, or choose another out"
@@ -44,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
         for result in run_suites(suites, setup, note):
             report.add(result)
             report.save()
+            if isinstance(result, Cost):
+                continue
             if isinstance(result, Skip):
                 note(f"    {result.subject}: skipped: {result.reason}")
             else:
@@ -54,8 +60,40 @@ def run(options: argparse.Namespace) -> int:
     finally:
         report.save()
         print(report.markdown())
-        print(f"results      {out / 'bench.json'}, {out / 'bench.md'}")
+        files = [out / "bench.json", out / "bench.md"]
+        if report.costs:
+            files.append(out / PICTURE)
+            _draw(report, files[-1])
+        print(f"results      {', '.join(map(str, files))}")
     return 0
+
+
+def _draw(report: Report, path: Path) -> None:
+    """Costs on paper, and times where there are any, against the side of images."""
+    found = {(m.subject, m.length): m.timing.seconds for m in report.measurements if m.suite == "scaling"}
+    macs: dict[str, list[tuple[float, float]]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
+    for cost in report.costs:
+        macs.setdefault(cost.subject, []).append((cost.pixels, cost.macs / 1e9))
+        if (seconds := found.get((cost.subject, cost.tokens))) is not None:
+            times.setdefault(cost.subject, []).append((cost.pixels, seconds))
+    panels = [
+        Panel(
+            "side of an image, pixels",
+            label,
+            {name: _columns(points) for name, points in curves.items()},
+            True,
+            True,
+        )
+        for label, curves in (("seconds for an image, measured", times), ("GMAC for an image", macs))
+        if curves
+    ]
+    save_curves(panels, path)
+
+
+def _columns(points: list[tuple[float, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = torch.tensor(points).unbind(1)
+    return x, y
 
 
 def _setup(config: DictConfig) -> Setup:
@@ -71,6 +109,7 @@ def _setup(config: DictConfig) -> Setup:
     return Setup(
         keep_freed_memory=config.keep_freed_memory,
         lengths=tuple(config.lengths),
+        resolutions=tuple(config.resolutions),
         batch_size=config.batch_size,
         hidden_size=config.hidden_size,
         d_state=config.d_state,

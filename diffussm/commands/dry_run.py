@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffussm.build import System, build_evaluation, build_source, check_device_name, construct
@@ -33,8 +33,8 @@ CPU = torch.device("cpu")
 def dry_run(config: DictConfig, directory: RunDirectory, world_size: int) -> int:
     """Print what a run of so many processes would be, what it costs, and which of its files are missing."""
     check_device_name(config.device)  # one that is not here may be where the run will be
-    source, data = _find_data(config)
-    image_shape = _image_shape(config) if source is None else source.image_shape
+    source, data = find_data(config)
+    image_shape = image_shape_of(config) if source is None else source.image_shape
     shapes_only = FakeTensorMode(allow_non_fake_inputs=True)  # of the noise schedule's own numbers
     system = System(config, image_shape, CPU, shapes_only)
     with shapes_only:
@@ -45,7 +45,7 @@ def dry_run(config: DictConfig, directory: RunDirectory, world_size: int) -> int
     parts = split(
         config.trainer.batch_size, Processes(Place(world_size=world_size)), config.trainer.device_batch_size
     )
-    cost = _try_step(system, shapes_only, len(parts[0]))
+    cost = try_step(system, shapes_only, len(parts[0]))
     _, height, width = system.latent_shape
     tokens = height * width // config.model.get("patch_size", 1) ** 2
     found = CheckpointStore(directory.checkpoints).paths()
@@ -68,8 +68,10 @@ def dry_run(config: DictConfig, directory: RunDirectory, world_size: int) -> int
     return 0
 
 
-def _find_data(config: DictConfig) -> tuple[Source | None, str]:
+def find_data(config: DictConfig) -> tuple[Source | None, str]:
     """The data if it can be read, and a line about it."""
+    if OmegaConf.missing_keys(config.data):
+        return None, "not told where it is"
     try:
         source = build_source(config.data, config.model)
         count = len(source)
@@ -78,7 +80,7 @@ def _find_data(config: DictConfig) -> tuple[Source | None, str]:
     return source, f"{count:,} images {source.image_shape}, {source.num_classes or 'no'} classes"
 
 
-def _image_shape(config: DictConfig) -> tuple[int, int, int]:
+def image_shape_of(config: DictConfig) -> tuple[int, int, int]:
     """Of images that are not there, as far as the configuration tells."""
     if resolution := config.data.get("resolution"):
         return (3, resolution, resolution)
@@ -115,7 +117,7 @@ def _telling(lines: list[str], what: str) -> Iterator[None]:
         lines.append(f"{what:<12} not there: {error}")
 
 
-def _try_step(system: System, shapes_only: FakeTensorMode, batch_size: int) -> Complexity:
+def try_step(system: System, shapes_only: FakeTensorMode, batch_size: int) -> Complexity:
     """Forward and backward through one pass of `batch_size` images, in shapes; returns what the first costs."""
     shape = (batch_size, *system.latent_shape)
     draws = system.objective.draw(shape, make_generator(0, "step", 0))

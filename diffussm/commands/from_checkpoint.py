@@ -36,20 +36,27 @@ def open_checkpoint(options: argparse.Namespace) -> tuple[Checkpoint, DictConfig
     if not given:
         raise ConfigError("checkpoint: not set: add checkpoint=RUN_DIRECTORY")
     checkpoint = find_checkpoint(Path(str(given)), note)
+    return checkpoint, *configure(checkpoint, options.verb, options.overrides, options.config_dir)
+
+
+def configure(
+    checkpoint: Checkpoint, verb: str, overrides: Sequence[str], config_dir: Path | None = None
+) -> tuple[DictConfig, DictConfig]:
+    """The configuration that a checkpoint was trained with, and that of a command on it."""
     document = checkpoint.document("config")
     trained = OmegaConf.create(document)
     assert isinstance(trained, DictConfig)
-    if override_value(options.overrides, "trust_checkpoint") is not True:
+    if override_value(overrides, "trust_checkpoint") is not True:
         refuse_foreign_code(trained, str(checkpoint.path))
     names = ("autoencoder", "sampler", "guidance", "sampling", "evaluation", "data")
     groups = {key: document[key] for key in names}
-    config = compose(options.verb, options.overrides, options.config_dir, groups)
+    config = compose(verb, overrides, config_dir, groups)
     theirs, ours = (str(node.autoencoder._target_).rpartition(".")[2] for node in (trained, config))
     if ours != theirs:
         remedy = "import it anew with this one" if _is_only_imported(checkpoint) else "leave the choice to it"
         raise ConfigError(f"autoencoder: {ours}, but {checkpoint.path} is for {theirs}: {remedy}")
     trained.autoencoder = config.autoencoder  # which may lie elsewhere by now
-    return checkpoint, trained, config
+    return trained, config
 
 
 def build_system(checkpoint: Checkpoint, trained: DictConfig, device: str) -> System:

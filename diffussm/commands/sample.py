@@ -2,12 +2,11 @@
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
@@ -37,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     checkpoint, trained, config = open_checkpoint(options)
     if options.print_config:
         return print_config(config)
-    _check_drawable(checkpoint)
+    check_drawable(checkpoint)
     request = make_request(checkpoint, config, ("sampler", "guidance", "num_images", "classes"))
     default = run_path(checkpoint) / "samples" / f"{checkpoint.path.name}-{digest(request)}"
     out = Path(config.out or default)
@@ -48,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
     system = build_system(checkpoint, trained, config.device)
     weights = load_weights(checkpoint, system.model, config.sampling.weights)
     generator = system.generator(system.model, config)
-    classes, labels = _choose_labels(config, generator.num_classes)
+    chosen = None if config.classes is None else list(dict.fromkeys(config.classes))  # a row for each
+    classes, labels = choose_labels(chosen, config.num_images, generator.num_classes)
     write_json(out / "samples.json", {"request": request, "weights": weights, "complete": False})
     progress = Progress(config.num_images, 0, "img")
     batches = []
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_drawable(checkpoint: Checkpoint) -> None:
+def check_drawable(checkpoint: Checkpoint) -> None:
     channels = checkpoint.document("train_state")["data"]["image_shape"][0]
     if channels not in (1, 3):
         raise ConfigError(
@@ -87,17 +87,18 @@ def _is_complete(out: Path, request: Mapping[str, Any]) -> bool:
     return answer["complete"]
 
 
-def _choose_labels(config: DictConfig, num_classes: int | None) -> tuple[list[int], Tensor | None]:
-    """(classes, labels of all images): image i shows class i mod n of the n chosen ones."""
+def choose_labels(
+    chosen: Sequence[int] | None, num_images: int, num_classes: int | None, key: str = "classes"
+) -> tuple[list[int], Tensor | None]:
+    """(classes, labels of all images): image i shows class i mod n of the n chosen; ConfigError names `key`."""
     if num_classes is None:
-        if config.classes is not None:
-            raise ConfigError(f"classes={config.classes}: the model is unconditional: leave it out")
+        if chosen is not None:
+            raise ConfigError(f"{key}={list(chosen)}: the model is unconditional: leave it out")
         return [], None
-    chosen = range(min(num_classes, MAX_GRID_ROWS)) if config.classes is None else config.classes
-    classes = list(dict.fromkeys(chosen))
+    classes = list(range(min(num_classes, MAX_GRID_ROWS)) if chosen is None else chosen)
     if not classes or not all(0 <= label < num_classes for label in classes):
-        raise ConfigError(f"classes={classes}: each must lie in 0..{num_classes - 1}")
-    return classes, torch.tensor([classes[index % len(classes)] for index in range(config.num_images)])
+        raise ConfigError(f"{key}={classes}: each must lie in 0..{num_classes - 1}")
+    return classes, torch.tensor([classes[index % len(classes)] for index in range(num_images)])
 
 
 def _save_grid(images: Tensor, classes: list[int], labels: Tensor | None, path: Path) -> None:

@@ -10,15 +10,13 @@ from torch import nn
 from diffussm.build import complexity_of, training_flops_of
 from diffussm.data.loader import is_latent_set
 from diffussm.models.complexity import Complexity
+from diffussm.plan.stages import training_memory
 from diffussm.training.optim import describe_groups
 
 if TYPE_CHECKING:
     from diffussm.build import System
     from diffussm.data.images import Source
     from diffussm.training.trainer import Trainer
-
-BYTES = 4  # of a number in fp32
-ADAM_MOMENTS = 2
 
 
 def summarize(system: "System", source: "Source", trainer: "Trainer") -> str:
@@ -85,14 +83,9 @@ def describe_run(
 
 def describe_costs(config: DictConfig, cost: Complexity, tokens: int, batch_size: int) -> list[str]:
     """What an image costs, and the memory that a device needs, from the cost of a pass of `batch_size` images."""
-    weights = BYTES * cost.parameters
-    memory = {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": ADAM_MOMENTS * weights,
-        "averages": (len(config.trainer.ema_decays) + len(config.trainer.ema_power)) * weights,
-        f"activations of {batch_size} images": cost.activation_bytes,
-    }
+    num_averages = len(config.trainer.ema_decays) + len(config.trainer.ema_power)
+    memory = training_memory(cost.parameters, num_averages, cost.activation_bytes)
+    memory[f"activations of {batch_size} images"] = memory.pop("activations")
     return [
         f"cost         {cost.macs / batch_size / 1e9:,.2f} GMAC per image and forward pass; {tokens:,} tokens",
         f"memory       about {_size(sum(memory.values()))} on each device: "

@@ -17,17 +17,22 @@ FORMATS = (".png", ".svg", ".pdf")
 # Told apart by people who see colours differently (Okabe and Ito), without their yellow, too pale for a line.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 DASHES = ("solid", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))  # and in print without colours
+FEW_POINTS = 8
 LABEL_GAP = 0.065  # between neighbouring labels, in heights of the panel
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes with a curve for each name; on a logarithmic y axis a zero is a fall out of the picture."""
+    """One pair of axes with a curve for each name; on a logarithmic y axis a zero is a fall out of the picture.
+
+    Names are coloured by their order in the last panel, which has them all. Of few points, each is marked.
+    """
 
     x_label: str
     y_label: str
     curves: Mapping[str, tuple[Tensor, Tensor]]
     is_log: bool = False
+    has_log_x: bool = False
 
 
 def save_curves(panels: Sequence[Panel], path: Path) -> None:
@@ -35,21 +40,29 @@ def save_curves(panels: Sequence[Panel], path: Path) -> None:
     from matplotlib.figure import Figure  # here, so that only who draws waits for it
 
     figure = Figure(figsize=(5.0 * len(panels) + 1.0, 4.2), layout="constrained")
+    names = list(panels[-1].curves)
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
-        _draw(panel, axes)
+        _draw(panel, axes, names)
     _label_ends(panels[-1], axes)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=160)
     write_atomically(path, buffer.getvalue())
 
 
-def _draw(panel: Panel, axes: "Axes") -> None:
+def _draw(panel: Panel, axes: "Axes", names: Sequence[str]) -> None:
     if panel.is_log:
         positive = [float(v) for _, y in panel.curves.values() for v in (y[y > 0].min(), y.max())]
         axes.set_yscale("log", nonpositive="clip")
         axes.set_ylim(min(positive) / 3, max(positive) * 3)
-    for i, (x, y) in enumerate(panel.curves.values()):
-        axes.plot(x, y, color=_color(i), linestyle=DASHES[i % len(DASHES)], linewidth=2)
+    if panel.has_log_x:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    for name, (x, y) in panel.curves.items():
+        i = names.index(name)
+        marker = "o" if len(x) <= FEW_POINTS else None
+        axes.plot(
+            x, y, color=_color(i), linestyle=DASHES[i % len(DASHES)], linewidth=2, marker=marker, markersize=4
+        )
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     axes.margins(x=0.01)

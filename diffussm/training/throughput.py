@@ -20,6 +20,8 @@ PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
     (r"\bA10\b", 125, 62.5, 31.2),
     (r"\bL4\b", 121, 60, 30.3),
     (r"\bV100\b", 125, None, 15.7),
+    (r"\bRTX 4090\b", 165.2, 82.6, 82.6),  # sums in fp32
+    (r"\bRTX 3090\b", 71, 35.6, 35.6),
 )
 # A backward pass is two forward passes' work: gradients of the inputs and of the weights.
 PASSES, PASSES_WHEN_RECOMPUTING = 3, 4

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from diffussm.bench import evaluating, loading, suites, training, workload
+from diffussm.bench import evaluating, loading, scaling, suites, training, workload
 from diffussm.bench.suites import COMPARISONS, SUITES, run_suites
 from diffussm.bench.workload import Measurement, Setup, Skip, Subject, Workload, measure_group
 from diffussm.config import BENCH_SUITES
@@ -46,7 +46,7 @@ EVALUATION_SUBJECTS = (
 
 
 def test_the_configuration_names_the_suites_there_are():
-    assert set(BENCH_SUITES) == {*SUITES, "data", "trainer", "evaluation"}
+    assert set(BENCH_SUITES) == {*SUITES, "data", "trainer", "evaluation", "scaling"}
 
 
 @pytest.mark.parametrize("suite", [name for name in SUITES if name != "xl"])
@@ -65,7 +65,7 @@ def test_every_subject_is_measured_at_every_length_and_phase(suite):
 def test_every_comparison_names_subjects_of_its_suite():
     for comparison in COMPARISONS:
         if comparison.suite not in SUITES:
-            known = {*DATA_SUBJECTS, *EVALUATION_SUBJECTS, training.TRAINER, training.BARE, ""}
+            known = {*DATA_SUBJECTS, *EVALUATION_SUBJECTS, *scaling.SUBJECTS, training.TRAINER, training.BARE, ""}
             assert {comparison.subject, comparison.against} <= known
             continue
         maker, phases, most = SUITES[comparison.suite]

@@ -74,3 +74,20 @@ def test_the_state_that_matplotlib_shares_is_left_alone(tmp_path):
     before = dict(matplotlib.rcParams)
     save_curves([Panel("x", "y", {"line": (X, X)})], tmp_path / "curves.png")
     assert matplotlib.pyplot.get_fignums() == [] and dict(matplotlib.rcParams) == before
+
+
+def test_few_points_on_logarithmic_axes_are_each_marked_and_coloured_by_the_last_panel(tmp_path, monkeypatch):
+    drawn: list[matplotlib.figure.Figure] = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
+    )
+    x, few = torch.tensor([256.0, 512.0]), torch.tensor([1.0, 4.0])
+    whole = {"first": (x, few), "second": (x, 2 * few)}
+    part = {"second": (x[:1], few[:1])}
+    panels = [Panel("px", "s", part, True, has_log_x=True), Panel("px", "GMAC", whole, True, has_log_x=True)]
+    save_curves(panels, tmp_path / "curves.png")
+    left, right = drawn[0].axes
+    assert left.get_xscale() == right.get_xscale() == "log"
+    assert left.lines[0].get_color() == right.lines[1].get_color() == COLORS[1]
+    assert left.lines[0].get_marker() == "o"
