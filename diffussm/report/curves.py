@@ -28,6 +28,7 @@ class Panel:
     y_label: str
     curves: Mapping[str, tuple[Tensor, Tensor]]
     is_log: bool = False
+    has_points: bool = False  # whether what was measured is marked
 
 
 def save_curves(panels: Sequence[Panel], path: Path) -> None:
@@ -49,7 +50,8 @@ def _draw(panel: Panel, axes: "Axes") -> None:
         axes.set_yscale("log", nonpositive="clip")
         axes.set_ylim(min(positive) / 3, max(positive) * 3)
     for i, (x, y) in enumerate(panel.curves.values()):
-        axes.plot(x, y, color=_color(i), linestyle=DASHES[i % len(DASHES)], linewidth=2)
+        marker = "o" if panel.has_points else None
+        axes.plot(x, y, color=_color(i), linestyle=DASHES[i % len(DASHES)], linewidth=2, marker=marker)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     axes.margins(x=0.01)
