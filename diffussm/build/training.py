@@ -204,6 +204,7 @@ def _periodic(
             try:
                 metrics = evaluation.run(stream, work, undertaking, system.device)
                 work.remove()
+                processes.undertake().finish()  # the first compares meanwhile, which may take long
             finally:
                 work.close()
             forget_spectra(model)

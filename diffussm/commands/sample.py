@@ -47,8 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _sample(options: argparse.Namespace, job: Job) -> int:
     processes = job.processes
-    checkpoint, trained, config = processes.on_all(lambda: _open(options))
-    request = _make_request(checkpoint, config)
+    checkpoint, trained, config, request = processes.on_all(lambda: _open(options))
     default = run_path(checkpoint) / "samples" / f"{checkpoint.path.name}-{digest(request)}"
     out = Path(config.out or default)
     if processes.on_first(lambda: _is_complete(out, request)):
@@ -82,7 +81,7 @@ def _sample(options: argparse.Namespace, job: Job) -> int:
     return 0
 
 
-def _open(options: argparse.Namespace) -> tuple[Checkpoint, DictConfig, DictConfig]:
+def _open(options: argparse.Namespace) -> tuple[Checkpoint, DictConfig, DictConfig, dict[str, Any]]:
     checkpoint, trained, config = open_checkpoint(options)
     channels = _image_shape(checkpoint)[0]
     if channels not in (1, 3):
@@ -90,7 +89,7 @@ def _open(options: argparse.Namespace) -> tuple[Checkpoint, DictConfig, DictConf
             f"{checkpoint.path}: gives images of {channels} channels, which cannot be drawn: "
             "import the weights anew with the autoencoder of these latents, such as autoencoder=sd3_vae"
         )
-    return checkpoint, trained, config
+    return checkpoint, trained, config, _make_request(checkpoint, config)
 
 
 def _make_request(checkpoint: Checkpoint, config: DictConfig) -> dict[str, Any]:
