@@ -19,7 +19,7 @@ VERBS = {
     "status": "tell where runs are, from outside",
     "encode": "turn images into latents once, for many trainings",
     "sample": "draw images from a checkpoint",
-    "evaluate": "measure a checkpoint: FID, sFID, IS, precision, recall, bits per dimension",
+    "evaluate": "measure a checkpoint or stored samples: FID, sFID, IS, precision, recall, bits per dimension",
     "stats": "take the statistics of a data set that samples are compared with",
     "inspect": "look at a data set: what is in it, what is wrong with it, how fast it is read",
     "import": "make a run directory from public DiT weights",
@@ -53,6 +53,8 @@ DESCRIPTIONS = {
           trainer.device_batch_size=    split a step into several passes, to fit the memory
           evaluation=NAME               what `diffussm evaluate` will measure; none for nothing
           logger=tensorboard            or wandb, or [tensorboard,wandb]: where metrics.jsonl is shown too
+          evaluation.every_images=1M    measure in training too, on all processes; the best checkpoint is kept in
+                                        best/ (trainer.keep_best=false: it is not)
           trainer.profile=true          measure where the time of a step goes: profile/profile.md, trace.json
           init_from=PATH                fine-tune: begin with the weights (init_weights=ema) of a run, a checkpoint
                                         or a file as `import` takes; what depends on the classes is made anew
@@ -94,6 +96,11 @@ DESCRIPTIONS = {
 
           checkpoint=PATH               a run directory (newest valid checkpoint) or one checkpoint
           num_images=100 classes=[3,7]  how many, of which classes
+          labels=cyclic                 one class after the other; balanced: as often, in random order; drawn
+          format=png                    or npz (samples.npz: arr_0 as ADM's evaluator reads it, labels) or tar
+                                        (shard-000000.tar and so on, as WebDataset reads them)
+          num_processes=8               share the work; or under torchrun or srun
+          range_size=256                images that are finished at once, and in one tar file
           sampler=ddim                  default: the run's configuration, as for the lines below
           sampler.num_steps=50 sampling.seed=0 sampling.tf32=true
           sampling.weights=ema          ema, ema_<decay>, ema_power_<sigma_rel> or model; posthoc_<sigma_rel> is an
@@ -108,12 +115,23 @@ DESCRIPTIONS = {
           out=DIR                       default: a directory under samples/ of the run
           trust_checkpoint=true         build what a checkpoint names from outside diffussm
 
-        Image i is a function of (sampling.seed, i).""",
+        Image i is a function of (sampling.seed, i). Run again, the same command continues where it was stopped
+        (exit code 75) or killed, on any number of processes; no image is drawn twice.""",
     "evaluate": """\
         Generate images from a checkpoint and compare them with a reference, or measure the model on real images;
-        prints a table, writes results.json.
+        prints a table, writes results.json. Run again, the same command continues where it was stopped (exit
+        code 75) or killed; the result does not depend on the number of processes.
 
           checkpoint=PATH               a run directory (newest valid checkpoint) or one checkpoint
+          checkpoints='RUN/checkpoints/*'
+                                        several, each by itself; draws the first metric against images seen
+          samples=PATH evaluation=NAME  stored images instead: a folder, an npz in ADM's layout, a tar file, or
+                                        what `sample` has written
+          evaluation.reference=PATH     an npz, or images to compare with, as for samples=
+          num_processes=8               share the work; or under torchrun or srun
+          labels=balanced               of generated images, as for `sample`
+          range_size=256 keep_features=true
+                                        images whose features are finished at once; leave them on the disk
           evaluation.num_samples=1000   default: the evaluation of the run's configuration
           sampler= sampler.num_steps= guidance.scale= sampling.weights=
                                         as for `sample`

@@ -69,6 +69,7 @@ class TrainerConfig:
     max_restarts: int = free(3)  # of num_processes on end, when one is lost
     timeout_seconds: float = free(1800.0)  # a process that others wait for longer is taken for lost
     keep_checkpoints: int = free(2)
+    keep_best: bool = free(True)  # and, as best/, the one with the least first metric of the evaluation, FID
     num_workers: int = free(0)  # processes that read images; 0 reads in the main process
     dry_run: bool = free(False)  # say what the run would be, need nothing for it, and create nothing
     profile: bool = free(False)  # write profile/profile.md and profile/trace.json after some steps, once
@@ -134,8 +135,12 @@ class SampleConfig:
     trust_checkpoint: bool = free(False)  # build classes from outside diffussm that it names
     out: str | None = free(None)  # null: samples/<...> in the run directory
     device: str = free("auto")
+    num_processes: int | None = free(None)  # started here; null: this one, or those of torchrun or srun
     num_images: int = free(100)
-    classes: list[int] | None = free(None)  # rows of the grid; null: all classes, at most 10
+    classes: list[int] | None = free(None)  # rows of the grid; null: all classes, if labels=cyclic at most 10
+    labels: str = free("cyclic")  # one of LABELS
+    format: str = free("png")  # one of FORMATS
+    range_size: int = free(256)  # images that are finished at once; those of a tar file
     autoencoder: Any = free()  # the one that it was trained with, wherever that is now
     sampler: Any = free()
     guidance: Any = free()
@@ -146,10 +151,16 @@ class SampleConfig:
 class EvaluateConfig:
     """`diffussm evaluate`."""
 
-    checkpoint: str = free()
+    checkpoint: str | None = free(None)  # of these three, one
+    checkpoints: str | None = free(None)  # a pattern that names several, such as RUN/checkpoints/*
+    samples: str | None = free(None)  # a folder of images, an npz, a tar file, what `sample` has written
     trust_checkpoint: bool = free(False)  # build classes from outside diffussm that a checkpoint names
-    out: str | None = free(None)  # null: results.json in the run directory
+    out: str | None = free(None)  # null: results.json in the run directory, or beside the samples
     device: str = free("auto")
+    num_processes: int | None = free(None)  # started here; null: this one, or those of torchrun or srun
+    labels: str = free("balanced")  # of generated images, one of LABELS
+    range_size: int = free(256)  # images whose features are finished at once
+    keep_features: bool = free(False)  # leave the features of all images on the disk
     metrics: list[str] | None = free(None)  # of METRICS; null: all that need samples only
     likelihood_images: int | None = free(None)  # how many images vlb and inversion see; null: all
     autoencoder: Any = free()
@@ -262,6 +273,8 @@ class BenchConfig:
     out: str = free("bench")  # directory of bench.json and bench.md
 
 
+LABELS = ("cyclic", "balanced", "drawn")  # see evaluation.generate.choose_labels
+FORMATS = ("png", "npz", "tar")
 WEIGHTS = "ema, ema_<decay>, ema_power_<sigma_rel>, posthoc_<sigma_rel> or model"
 SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "density", "coverage", "class_agreement")
 METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
@@ -309,8 +322,8 @@ def validate(config: DictConfig) -> None:
             raise ConfigError(f"{key}={value}: must be a finite number")
     if "trainer" in config:
         _validate_trainer(config)
-    at_least = {"seed": 0, "num_images": 1, "batch_size": 1, "num_workers": 0, "examined": 1, "num_samples": 1}
-    for key, least in at_least.items():
+    counts = dict.fromkeys(("num_images", "batch_size", "examined", "num_samples", "range_size"), 1)
+    for key, least in {"seed": 0, "num_workers": 0, **counts}.items():
         given = config.get(key)
         _require(config, key, given is None or given >= least, f"must be at least {least}")
     if "name" in config:
@@ -318,6 +331,10 @@ def validate(config: DictConfig) -> None:
         _require(config, "name", is_name, "use at most 100 letters, digits and . _ -")
     if "examined" in config:
         _require(config, "seconds", config.seconds >= 0, "must be at least 0")
+    if "labels" in config:
+        _require_choice(config, "labels", LABELS)
+    if "format" in config:
+        _require_choice(config, "format", FORMATS)
     if "layout" in config:
         _require_choice(config, "layout", ("pipeline", "official", "diffusers"))
     if "shard_size" in config:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from diffussm.build import System, load_weights
 from diffussm.commands.from_checkpoint import build_system, configure
-from diffussm.commands.sample import check_drawable, choose_labels
+from diffussm.commands.sample import check_drawable, choose_classes
+from diffussm.evaluation.streams import GeneratedStream
 from diffussm.runtime.errors import ConfigError, note
 from diffussm.training.checkpoint import Checkpoint, find_checkpoint
 
@@ -95,5 +96,6 @@ def sample(
     choices = ["checkpoint=here", "trust_checkpoint=true", *given, *overrides]  # trusted when it was loaded
     _, config = configure(loaded.checkpoint, "sample", choices)
     generator = loaded.system.generator(loaded.model, config)
-    _, of_images = choose_labels(labels, num_images, generator.num_classes, "labels")
-    return torch.cat([batch.images for batch in generator.generate(range(num_images), of_images)])
+    classes = choose_classes(labels, "cyclic", generator.num_classes, "labels")
+    stream = GeneratedStream(generator, num_images, "cyclic", classes)
+    return torch.cat([batch.images for batch in stream.batches(range(num_images))])

@@ -76,7 +76,9 @@ ROWS = {
         "100 % of keys",
     ),
     "G17": Row(
-        "sampling killed, resumed, on other ranks", "the requested images, once each", "0 missing, 0 double"
+        "sampling killed, resumed, on other ranks",
+        "the requested images, once each",
+        "10 kills over 5,000 images: 0 missing, 0 double, same hash",
     ),
     "G18": Row("any N, batch and rank count in evaluation", "statistics over exactly N", "FID equal to 1e-6"),
     "G19": Row(

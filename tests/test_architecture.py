@@ -86,7 +86,7 @@ ALLOWED_WITHIN = {
         "errors": set(), "allocator": set(), "hashing": set(), "seeding": set(), "signals": set(),
         "run_dir": {"errors"},
         "launch": {"errors"}, "distributed": {"errors", "launch"}, "environment": set(),
-        "run_status": {"errors", "run_dir"},
+        "run_status": {"errors", "run_dir"}, "work_list": {"distributed", "errors", "run_dir"},
         "__init__": set(),
     },
 }  # fmt: skip

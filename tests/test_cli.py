@@ -22,10 +22,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffussm.cli import main
-from diffussm.commands.sample import _choose_labels
+from diffussm.commands.sample import choose_classes
 from diffussm.compose import group_options
 from diffussm.config import TrainConfig
 from diffussm.evaluation.features import DIGITS_WEIGHTS
+from diffussm.evaluation.generate import choose_labels
 from diffussm.models import DiT
 from diffussm.models.layouts import to_diffusers
 from diffussm.training.checkpoint import seal
@@ -154,6 +155,26 @@ BAD_INPUT = [
     (("sample",), 2, "checkpoint: not set"),
     (("sample", "checkpoint=nowhere"), 73, "checkpoint=nowhere: no checkpoint there"),
     (("evaluate", "checkpoint=nowhere"), 73, "checkpoint=nowhere: no checkpoint there"),
+    (("sample", "num_processes=0"), 2, "num_processes=0: must be at least 1, or null"),
+    (("evaluate", "num_processes=many"), 2, "num_processes=many: must be at least 1, or null"),
+    (("evaluate",), 2, "checkpoint: not set: add checkpoint=RUN_DIRECTORY, checkpoints='RUN_DIRECTORY/"),
+    (("evaluate", "samples=a", "checkpoint=b"), 2, "checkpoint= and samples=: measure one thing at a time"),
+    (("evaluate", "checkpoints=nowhere/*"), 2, "checkpoints=nowhere/*: no checkpoint there"),
+    (("evaluate", "samples=nowhere"), 2, "evaluation: not set: add evaluation=NAME, such as fid50k or digits"),
+    (("evaluate", "samples=nowhere", "evaluation=digits"), 65, "samples=nowhere: not there: give a folder of"),
+    (("evaluate", "samples=x", "evaluation=digits", "metrics=[vlb]"), 2, "metrics=[vlb]: is of a model: give"),
+    (
+        ("evaluate", "samples=x", "evaluation=digits", "evaluation.num_samples=5"),
+        2,
+        "evaluation.num_samples: decides nothing of stored samples",
+    ),
+    (("evaluate", "samples=x", "evaluation=digits", "sampler=ddim"), 2, "sampler: decides nothing of stored"),
+    (("evaluate", "samples=x", "evaluation=digits", "range_size=0"), 2, "range_size=0: must be at least 1"),
+    (
+        ("evaluate", "samples=x", "evaluation=digits", "labels=some"),
+        2,
+        "labels=some: choose cyclic, balanced, drawn",
+    ),
     (("stats",), 2, "data.path, to: not set: add data.path=... to=..."),
     (("stats", "data=digits"), 2, "to: not set: add to=..."),
     (("stats", "data=digits", "to=x"), 2, "to=x: must end in .npz"),
@@ -344,8 +365,9 @@ def test_an_evaluation_of_other_images_is_refused_before_training(in_tmp, capsys
 
 
 def test_an_unwritable_result_is_one_line(run, capsys):
-    assert main(["evaluate", f"checkpoint={run}", "out=/proc/nowhere/results.json", "sampling.seed=77"]) == 74
-    assert capsys.readouterr().err.splitlines()[-1].startswith("diffussm: /proc/nowhere")
+    assert main(["evaluate", f"checkpoint={run}", "out=/proc/nowhere/results.json", "sampling.seed=77"]) == 73
+    (said,) = capsys.readouterr().err.splitlines()  # before anything is generated
+    assert said.startswith("diffussm: out=/proc/nowhere/")
 
 
 def test_an_unknown_verb_exits_with_2(capsys):
@@ -489,19 +511,27 @@ def test_a_checkpoint_cannot_name_code_to_run(run, tmp_path, in_tmp, capsys, nod
     assert sorted(in_tmp.rglob("*")) == before
 
 
-def test_images_are_spread_over_the_classes_as_evenly_as_can_be():
-    config = OmegaConf.create({"num_images": 11, "classes": None})
-    classes, labels = _choose_labels(config, 10)
-    counts = torch.bincount(labels, minlength=10)
-    assert classes == list(range(10)) and counts.sum() == 11 and counts.max() - counts.min() == 1
+def chosen_labels(count: int, classes: list[int] | None = None, labels: str = "cyclic") -> torch.Tensor:
+    return choose_labels(labels, 0, range(count), choose_classes(classes, labels, 10))
 
 
+@pytest.mark.parametrize("way", ["cyclic", "balanced"])
+def test_images_are_spread_over_the_classes_as_evenly_as_can_be(way):
+    counts = torch.bincount(chosen_labels(11, labels=way), minlength=10)
+    assert counts.sum() == 11 and counts.max() - counts.min() == 1
+
+
+@pytest.mark.parametrize("way", ["cyclic", "balanced", "drawn"])
 @pytest.mark.parametrize("chosen", [None, [7, 3, 3]])
-def test_the_class_of_an_image_does_not_depend_on_how_many_are_drawn(chosen):
-    few, many = (
-        _choose_labels(OmegaConf.create({"classes": chosen, "num_images": count}), 10)[1] for count in (4, 23)
-    )
+def test_the_class_of_an_image_does_not_depend_on_how_many_are_drawn(chosen, way):
+    few, many = (chosen_labels(count, chosen, way) for count in (4, 200))
     assert torch.equal(few, many[:4])
+    assert set(many.tolist()) == set(chosen or range(10))
+
+
+def test_a_model_of_a_thousand_classes_shows_ten_rows_and_evaluates_all():
+    assert choose_classes(None, "cyclic", 1000) == list(range(10))
+    assert len(choose_classes(None, "drawn", 1000)) == 1000
 
 
 @pytest.mark.fault("G2")

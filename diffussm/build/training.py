@@ -17,11 +17,15 @@ from diffussm.data.autoencoder import IdentityAutoencoder
 from diffussm.data.images import ImageSource
 from diffussm.data.loader import BatchLoader, LatentSource, is_latent_set
 from diffussm.evaluation.generate import Generator
+from diffussm.evaluation.streams import GeneratedStream
 from diffussm.report.grid import save_grid
 from diffussm.runtime.distributed import Interrupted, Processes, Undertaking
 from diffussm.runtime.errors import ConfigError, DataError, StorageError
+from diffussm.runtime.hashing import hash_tensors, hash_text
 from diffussm.runtime.run_dir import RunDirectory
+from diffussm.runtime.work_list import RANGE_SIZE, WorkList
 from diffussm.training import posthoc
+from diffussm.training.best import BestCheckpoint
 from diffussm.training.checkpoint import CheckpointStore
 from diffussm.training.logging import MetricsLog
 from diffussm.training.precision import Precision
@@ -71,6 +75,7 @@ def build_trainer(
     sample_every_images = settings.pop("sample_every_images")
     precision = Precision(settings.pop("precision"), system.device, settings.pop("tf32"))
     store = CheckpointStore(run.checkpoints, settings.pop("keep_checkpoints"), warn)
+    best = BestCheckpoint(run.checkpoints, warn) if settings.pop("keep_best") else None
 
     def give_up_waiting() -> None:
         """Of several processes, the others may wait for this one already, and need its batch to end well."""
@@ -119,6 +124,7 @@ def build_trainer(
         optimizer=construct(config.optimizer, "optimizer", named_parameters=system.model.named_parameters()),
         checkpoints=store,
         snapshots=CheckpointStore(run.path / posthoc.DIRECTORY, None, warn),
+        best=best,
         log=log,
         precision=precision,
         config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
@@ -191,14 +197,28 @@ def _periodic(
     if evaluation is not None and evaluation.every_images:
 
         def evaluate(model: nn.Module, images: int, undertaking: Undertaking) -> Mapping[str, Any]:
-            if not processes.is_first:
-                return {}
-            metrics = evaluation.run(system.generator(model, config, undertaking.check))
+            stream = GeneratedStream(system.generator(model, config, undertaking.check), evaluation.num_samples)
+            work = WorkList(run.path / "evaluation", len(stream), RANGE_SIZE, ".safetensors", "run_dir")
+            # What was generated with other weights, before the run was continued otherwise, is of no use.
+            identity = hash_tensors(model.state_dict()) if processes.is_first else ""
+            work.open(f"images {images}, weights {identity}, {_describe_sampling(config)}", processes)
+            try:
+                metrics = evaluation.run(stream, work, undertaking, system.device)
+                work.remove()
+                processes.undertake().finish()  # the first compares meanwhile, which may take long
+            finally:
+                work.close()
             forget_spectra(model)
             return metrics
 
-        periodic.append(Periodic("evaluation", evaluation.every_images, evaluate))
+        periodic.append(Periodic("evaluation", evaluation.every_images, evaluate, is_judged=True))
     return periodic
+
+
+def _describe_sampling(config: DictConfig) -> str:
+    """All that, besides weights, decides samples and their features."""
+    groups = OmegaConf.masked_copy(config, ["sampler", "guidance", "sampling", "evaluation"])
+    return hash_text(OmegaConf.to_yaml(groups, resolve=True))
 
 
 def draw_samples(

@@ -82,8 +82,9 @@ def _draw(report: Report, path: Path) -> None:
             "side of an image, pixels",
             label,
             {name: _columns(points) for name, points in curves.items()},
-            True,
-            True,
+            is_log=True,
+            has_log_x=True,
+            has_points=True,
         )
         for label, curves in (("seconds for an image, measured", times), ("GMAC for an image", macs))
         if curves

@@ -158,7 +158,8 @@ def _find_results(checkpoint: Checkpoint, weights: str, trained: DictConfig) -> 
     ours = [
         answer
         for answer in reversed(answers)
-        if answer["request"]["checkpoint"]["sha256"] == checkpoint.sha256 and answer["weights"] == weights
+        if answer["request"].get("checkpoint", {}).get("sha256") == checkpoint.sha256
+        and answer["weights"] == weights
     ]
     of_samples = [answer for answer in ours if "metrics" in answer]
     by_own_sampler = [

@@ -27,7 +27,7 @@ from diffussm.compose import compose, override_value
 from diffussm.config import may_change
 from diffussm.data.autoencoder import Autoencoder, IdentityAutoencoder
 from diffussm.runtime.errors import ConfigError, RunDirectoryError
-from diffussm.training.checkpoint import Checkpoint, find_checkpoint
+from diffussm.training.checkpoint import BEST, Checkpoint, find_checkpoint
 
 
 def open_checkpoint(options: argparse.Namespace) -> tuple[Checkpoint, DictConfig, DictConfig]:
@@ -105,8 +105,9 @@ def make_request(checkpoint: Checkpoint, config: DictConfig, keys: Sequence[str]
 
 
 def digest(request: Mapping[str, Any]) -> str:
-    """Equal for requests that have one result: where the checkpoints lie does not count."""
-    essence = {**request, "checkpoint": request["checkpoint"]["sha256"]}
+    """Equal for requests that have one result: where checkpoints and samples lie does not count."""
+    subject = "samples" if "samples" in request else "checkpoint"
+    essence = {**request, subject: request[subject]["sha256"]}
     guidance = request.get("guidance", {})
     if "checkpoint" in guidance:
         essence["guidance"] = {**guidance, "checkpoint": guidance["checkpoint"]["sha256"]}
@@ -142,5 +143,5 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 def run_path(checkpoint: Checkpoint) -> Path:
     """The run directory of a checkpoint, or its own directory where it lies outside one."""
     parent = checkpoint.path.resolve().parent
-    found = parent.parent if parent.name == "checkpoints" else checkpoint.path.resolve()
+    found = parent.parent if parent.name in ("checkpoints", BEST) else checkpoint.path.resolve()
     return Path(os.path.relpath(found))

@@ -23,7 +23,7 @@ from diffussm.runtime.errors import (
     UserError,
     exit_code_of,
 )
-from diffussm.runtime.launch import find_place, launch
+from diffussm.runtime.launch import find_place, launch, num_to_launch
 from diffussm.runtime.run_dir import RunDirectory, write_atomically
 from diffussm.runtime.signals import StopRequest
 
@@ -58,16 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _num_to_launch(config: DictConfig) -> int:
     """How many processes are to be started; 0 if this one is to train."""
-    wanted, place = config.trainer.num_processes, find_place()
-    if wanted is None:
-        return 0
-    if place.address is None:
-        return wanted if wanted > 1 else 0
-    if wanted != place.world_size:
-        raise ConfigError(
-            f"trainer.num_processes={wanted}: the launcher has started {place.world_size}: leave it at null"
-        )
-    return 0
+    return num_to_launch(config.trainer.num_processes, "trainer.num_processes")
 
 
 def _dry_run(directory: RunDirectory, config: DictConfig) -> int:

@@ -1,12 +1,12 @@
 """From features to metrics: which there are, what they need, and how samples compare with a reference."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffussm.evaluation.features import FeatureExtractor
+from diffussm.evaluation.features import FeatureExtractor, Features
 from diffussm.evaluation.generate import Generated
 from diffussm.evaluation.intervals import (
     FEWEST_SAMPLES,
@@ -97,17 +97,61 @@ class Comparison:
         self, batches: Iterable[Generated], device: torch.device, wanted: Collection[str] | None = None
     ) -> Observed:
         """What the `wanted` metrics, or all, need of these images."""
-        extractor, chosen = self.extractor.to(device), self._chosen(wanted)
-        sums = {kind for name, kind in FRECHET.items() if name in chosen}
-        kept = set(sums) if self.intervals else set()
-        kept |= {"pool"} if chosen & set(NEIGHBOURLY) else set()
-        kept |= {"logits"} if "is" in chosen else set()
-        observed = Observed(sums, kept, NUM_PARTS if self.extrapolate else 1)
+        extractor, observed = self.extractor.to(device), self._nothing_yet(wanted)
         for batch in batches:
             observed.update(batch.indices, extractor(batch.images.to(device)), batch.labels)
             if isinstance(extractor, FrozenNetwork) and "deviation" not in self._known:
                 self._known["deviation"] = extractor.deviation(batch.images[:PROBE].to(device))
         return observed
+
+    @torch.no_grad()
+    def extract(
+        self, batches: Iterable[Generated], device: torch.device, wanted: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """What `observe` would look at of these images, as tensors by name that can wait on a disk."""
+        extractor, kinds = self.extractor.to(device), self._needed(wanted)
+        found: dict[str, list[Tensor]] = {}
+        for batch in batches:
+            features = extractor(batch.images.to(device))
+            for kind in kinds:
+                found.setdefault(kind, []).append(getattr(features, kind).cpu())
+            if batch.labels is not None:
+                found.setdefault("labels", []).append(batch.labels)
+            if isinstance(extractor, FrozenNetwork) and extractor.settings and "deviation" not in found:
+                found["deviation"] = [torch.tensor([extractor.deviation(batch.images[:PROBE].to(device))])]
+        return {name: torch.cat(parts).contiguous() for name, parts in found.items()}
+
+    def observe_extracted(
+        self,
+        ranges: Iterable[tuple[Sequence[int], Mapping[str, Tensor]]],
+        device: torch.device,
+        wanted: Collection[str] | None = None,
+    ) -> Observed:
+        """`observe`, from the indices and the extracted features of each range, in the order that they come in."""
+        observed = self._nothing_yet(wanted)
+        for indices, found in ranges:
+            pool, spatial, logits = (
+                found[kind].to(device) if kind in found else None for kind in ("pool", "spatial", "logits")
+            )
+            assert pool is not None
+            observed.update(indices, Features(pool, spatial, logits), found.get("labels"))
+            if "deviation" in found:
+                self._known.setdefault("deviation", float(found["deviation"]))
+        return observed
+
+    def _nothing_yet(self, wanted: Collection[str] | None) -> Observed:
+        chosen = self._chosen(wanted)
+        sums = {kind for name, kind in FRECHET.items() if name in chosen}
+        kept = set(sums) if self.intervals else set()
+        kept |= {"pool"} if chosen & set(NEIGHBOURLY) else set()
+        kept |= {"logits"} if "is" in chosen else set()
+        return Observed(sums, kept, NUM_PARTS if self.extrapolate else 1)
+
+    def _needed(self, wanted: Collection[str] | None) -> set[str]:
+        """The features that the metrics are made of; pool always."""
+        observed, chosen = self._nothing_yet(wanted), self._chosen(wanted)
+        agreeing = {"logits"} if "class_agreement" in chosen and "logits" in self.extractor.dims else set()
+        return {"pool", *observed.sums, *observed.kept, *agreeing}
 
     @torch.no_grad()
     def compare(

@@ -1,19 +1,26 @@
-"""An evaluation: generate, extract, accumulate, compare with a reference, record everything that matters."""
+"""An evaluation: extract features of images, compare them with a reference, record everything that matters."""
 
 import math
 import platform
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from diffussm.evaluation.comparison import Comparison
 from diffussm.evaluation.features import FeatureExtractor
-from diffussm.evaluation.generate import Generated, Generator
+from diffussm.evaluation.generate import Generated
 from diffussm.evaluation.reference import Reference
+from diffussm.evaluation.streams import ImageStream
+from diffussm.runtime.distributed import Undertaking
+from diffussm.runtime.errors import StorageError
+from diffussm.runtime.run_dir import write_atomically
+from diffussm.runtime.work_list import WorkList
 
 PIXELS = "uint8, clamp(127.5 x + 128, 0, 255) truncated"
 
@@ -27,7 +34,7 @@ class Evaluation:
     Args:
         extractor: the network behind the metrics.
         reference: npz file of the reference.
-        num_samples: how many images are generated.
+        num_samples: how many images are compared.
         every_images: evaluate during training at this interval; None: by `diffussm evaluate` only.
         k: neighbours of precision and recall.
         class_agreement: also report the share of samples that the extractor's classifier recognises as the
@@ -57,15 +64,38 @@ class Evaluation:
 
     def run(
         self,
-        generator: Generator,
-        advance: Any = lambda images: None,
+        stream: ImageStream,
+        work: WorkList,
+        undertaking: Undertaking,
+        device: torch.device,
+        advance: Callable[[int], object] = lambda done: None,
         wanted: Collection[str] | None = None,
     ) -> dict[str, Any]:
-        """Metrics of `num_samples` images: the `wanted` or all; `advance(n)` is told of every n that are done."""
+        """Metrics of a stream, the `wanted` or all, in the first process; nothing in the others.
+
+        All processes extract features, each of the ranges that it gets, and the first compares. Ranges are counted
+        in by their order: their results depend neither on batches nor on who has finished what, and when.
+
+        Args:
+            work: where the features of each range wait, of all images of the stream; open.
+            advance: called in the first process with the number of images done since the work was taken up.
+        """
+        assert work.count == len(stream)
         started = time.perf_counter()
-        metrics = self._measure(self._generated(generator, advance), generator.device, wanted)
-        seconds = time.perf_counter() - started
-        return {**metrics, "num_samples": self.num_samples, "images_per_second": self.num_samples / seconds}
+
+        def finish(number: int, tell: Callable[[int], object]) -> None:
+            batches = _telling(stream.batches(work.indices(number)), tell)
+            features = self.comparison.extract(batches, device, wanted)
+            write_atomically(work.file(number), safetensors.torch.save(features))
+
+        count = work.work_off(finish, undertaking, advance)
+        if not undertaking.processes.is_first:
+            return {}
+        observed = self.comparison.observe_extracted(_read(work), device, wanted)
+        assert observed.count == len(stream)
+        metrics = self.comparison.compare(observed, device, wanted)
+        speed = {"images_per_second": count / (time.perf_counter() - started)} if count else {}
+        return {**metrics, "num_samples": len(stream), **speed}
 
     def real_against_real(
         self, device: torch.device, wanted: Collection[str] | None = None
@@ -98,16 +128,28 @@ class Evaluation:
             },
         }  # fmt: skip
 
-    def _generated(self, generator: Generator, advance: Any) -> Iterable[Generated]:
-        for batch in generator.generate(range(self.num_samples)):
-            yield batch
-            advance(len(batch.indices))
-
     def _measure(
         self, batches: Iterable[Generated], device: torch.device, wanted: Collection[str] | None = None
     ) -> dict[str, Any]:
         observed = self.comparison.observe(batches, device, wanted)
         return self.comparison.compare(observed, device, wanted)
+
+
+def _telling(batches: Iterable[Generated], tell: Callable[[int], object]) -> Iterator[Generated]:
+    for batch in batches:
+        yield batch
+        tell(len(batch.indices))
+
+
+def _read(work: WorkList) -> Iterator[tuple[range, dict[str, Tensor]]]:
+    """The extracted features of all ranges, in their order."""
+    for number in range(len(work)):
+        try:
+            features = safetensors.torch.load_file(work.file(number))
+            assert len(features["pool"]) == len(work.indices(number))
+        except (safetensors.SafetensorError, KeyError, AssertionError) as error:
+            raise StorageError(f"{work.file(number)}: damaged ({error}): delete it and run it again") from error
+        yield work.indices(number), features
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -57,9 +57,24 @@ class Generator:
 
 def balanced_labels(seed: int, indices: Sequence[int], num_classes: int) -> Int[Tensor, "N"]:
     """Labels of these indices: every block of num_classes indices holds each class once, shuffled."""
-    return torch.tensor([_label(seed, index, num_classes) for index in indices])
+    return choose_labels("balanced", seed, indices, range(num_classes))
 
 
-def _label(seed: int, index: int, num_classes: int) -> int:
-    block, position = divmod(index, num_classes)
-    return int(torch.randperm(num_classes, generator=make_generator(seed, "labels", block))[position])
+def choose_labels(way: str, seed: int, indices: Sequence[int], classes: Sequence[int]) -> Int[Tensor, "N"]:
+    """Labels of these indices, of these classes.
+
+    Args:
+        way: balanced (every block of as many indices as there are classes holds each once, shuffled), drawn (each
+            at random), or cyclic (one class after the other, over and over).
+    """
+    return torch.tensor([classes[_place(way, seed, index, len(classes))] for index in indices], dtype=torch.long)
+
+
+def _place(way: str, seed: int, index: int, count: int) -> int:
+    block, position = divmod(index, count)
+    if way == "cyclic":
+        return position
+    if way == "drawn":
+        return int(torch.randint(count, (), generator=make_generator(seed, "drawn labels", index)))
+    assert way == "balanced", way
+    return int(torch.randperm(count, generator=make_generator(seed, "labels", block))[position])

@@ -17,7 +17,6 @@ FORMATS = (".png", ".svg", ".pdf")
 # Told apart by people who see colours differently (Okabe and Ito), without their yellow, too pale for a line.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 DASHES = ("solid", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))  # and in print without colours
-FEW_POINTS = 8
 LABEL_GAP = 0.065  # between neighbouring labels, in heights of the panel
 
 
@@ -33,6 +32,7 @@ class Panel:
     curves: Mapping[str, tuple[Tensor, Tensor]]
     is_log: bool = False
     has_log_x: bool = False
+    has_points: bool = False  # whether what was measured is marked
 
 
 def save_curves(panels: Sequence[Panel], path: Path) -> None:
@@ -59,7 +59,7 @@ def _draw(panel: Panel, axes: "Axes", names: Sequence[str]) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
     for name, (x, y) in panel.curves.items():
         i = names.index(name)
-        marker = "o" if len(x) <= FEW_POINTS else None
+        marker = "o" if panel.has_points else None
         axes.plot(
             x, y, color=_color(i), linestyle=DASHES[i % len(DASHES)], linewidth=2, marker=marker, markersize=4
         )

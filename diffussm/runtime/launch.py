@@ -74,6 +74,18 @@ def _integer(name: str) -> int:
     return int(value)
 
 
+def num_to_launch(wanted: int | None, key: str) -> int:
+    """How many processes are to be started of the `wanted`; 0 if this one, or those of a launcher, do the work."""
+    place = find_place()
+    if wanted is None:
+        return 0
+    if place.address is None:
+        return wanted if wanted > 1 else 0
+    if wanted != place.world_size:
+        raise ConfigError(f"{key}={wanted}: the launcher has started {place.world_size}: leave it at null")
+    return 0
+
+
 def launch(command: Sequence[str], num_processes: int, max_restarts: int = 0) -> int:
     """Run `command` in this many processes, and again when one is lost; returns the exit code of the job.
 

@@ -1,7 +1,7 @@
 """The run directory: one writer at a time, files that are whole or absent, and the state of the run.
 
 config.yaml   metrics.jsonl   status.json   results.json   checkpoints/step-.../   samples/*.png
-ema_snapshots/step-.../
+ema_snapshots/step-.../   best/step-.../   evaluation/ (one that is under way)
 """
 
 import contextlib

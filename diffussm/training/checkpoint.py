@@ -26,6 +26,7 @@ from diffussm.runtime.run_dir import sync_directory, write_and_sync
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+BEST = "best"  # beside `checkpoints`: the one with the best evaluation
 _PUBLISHED = re.compile(r"step-\d{12}")
 _FILE = re.compile(r"[A-Za-z0-9_.\-]+\.(safetensors|json)")
 
@@ -181,7 +182,7 @@ def find_checkpoint(path: Path, warn: Callable[[str], None] = print, key: str = 
     """A checkpoint from its own directory, or the newest valid one of a run directory; errors name `key`."""
     if (path / MANIFEST).exists() or _PUBLISHED.fullmatch(path.name):
         return Checkpoint(path)
-    root = path if path.name == "checkpoints" else path / "checkpoints"
+    root = path if path.name in ("checkpoints", BEST) else path / "checkpoints"
     checkpoint = CheckpointStore(root, warn=warn).newest_valid()
     if checkpoint is None:
         raise RunDirectoryError(

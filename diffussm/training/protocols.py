@@ -68,3 +68,4 @@ class Periodic:
     name: str
     every_images: int | None
     action: Callable[[nn.Module, int, Undertaking], Mapping[str, Any]]
+    is_judged: bool = False  # whether its result says how good the checkpoint of this step is

@@ -25,6 +25,7 @@ from diffussm.runtime.errors import (
     StorageError,
 )
 from diffussm.runtime.seeding import draw_normal, make_generator
+from diffussm.training.best import BestCheckpoint
 from diffussm.training.checkpoint import Checkpoint, CheckpointStore
 from diffussm.training.compilation import compile_blocks, naming_compile_failures
 from diffussm.training.ema import ModelAverages
@@ -64,6 +65,7 @@ class Trainer:
         max_grad_norm: gradients are scaled down to this norm; None leaves them as they are.
         config: the resolved configuration, stored in every checkpoint.
         snapshots: where the averages with ema_power go every so many images.
+        best: keeps the checkpoint whose evaluation was best.
         throughput: what the speed is worth; None leaves it out of the records.
         profile: told which part of a step runs.
         report: told by the first process now and then where the run is, for who looks at it from outside.
@@ -96,6 +98,7 @@ class Trainer:
         ema_power: Sequence[float] = (),
         ema_snapshot_every_images: int | None = None,
         snapshots: CheckpointStore | None = None,
+        best: BestCheckpoint | None = None,
         periodic: Sequence[Periodic] = (),
         processes: Processes | None = None,
         throughput: Throughput | None = None,
@@ -115,6 +118,7 @@ class Trainer:
         self.max_grad_norm, self.periodic, self.stop = max_grad_norm, periodic, stop
         self.averages = ModelAverages(model, ema_decays, ema_power)
         self.snapshots, self.ema_snapshot_every_images = snapshots, ema_snapshot_every_images
+        self.best, self.best_step = best, -1  # of the evaluation that was best
         self.device = next(model.parameters()).device
         self.window = MetricsWindow(objective.num_timesteps, self.device)
         self.imported: Mapping[str, Any] | None = None
@@ -147,6 +151,8 @@ class Trainer:
             self.network = wrap_model(self.model, self.processes, len(self.parts))
         self.restore()
         self.processes.on_first(accepted)
+        if self.best is not None:
+            self.processes.on_first(self.best.keep)  # it may have been killed on the way
         if self.processes.is_first:
             self.log.start(self.images)
             if self.step:
@@ -347,7 +353,7 @@ class Trainer:
             self.processes.on_first(lambda: self._save_snapshot(say))
         if self.is_stopping and not ended:
             self.stop_here(say)
-        if saving:
+        if saving or self.best_step == self.step:
             self.save(say)
 
     def stop_here(self, say: Callable[[str], None]) -> NoReturn:
@@ -394,6 +400,12 @@ class Trainer:
         with self.profile.span("saving"):
             if self.processes.on_first(lambda: self._save(say)):
                 self.saved_step = self.step
+                self.keep_best()
+
+    def keep_best(self) -> None:
+        """Keep the checkpoint of this step, once there is one, if its evaluation was the best."""
+        if self.best is not None and self.best_step == self.saved_step == self.step:
+            self.processes.on_first(self.best.keep)
 
     def _save(self, say: Callable[[str], None]) -> bool:
         """Whether it was published."""
@@ -533,6 +545,11 @@ class Trainer:
             self.is_stopping = True
         if result and not self.is_stopping:
             self._log({"images": self.images, "step": self.step, periodic.name: dict(result)})
+        if self.best is not None and periodic.is_judged and not self.is_stopping:
+            best = self.best
+            if self.processes.on_first(lambda: best.offer(self.step, result)):
+                self.best_step = self.step
+                self.keep_best()
         self.window.restart_clock()
 
     def _log(self, record: Mapping[str, Any]) -> None:

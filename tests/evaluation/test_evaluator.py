@@ -13,7 +13,10 @@ from diffussm.data.images import Digits
 from diffussm.evaluation.evaluator import Evaluation, Reference, table
 from diffussm.evaluation.features import DIGITS_WEIGHTS, DigitsCNN
 from diffussm.evaluation.generate import Generated, Generator, balanced_labels
+from diffussm.evaluation.streams import GeneratedStream
+from diffussm.runtime.distributed import Processes
 from diffussm.runtime.errors import DataError, DivergedError
+from diffussm.runtime.work_list import WorkList
 
 REFERENCE = DIGITS_WEIGHTS.with_name("digits_reference.npz")
 
@@ -89,18 +92,29 @@ def perfect_generator(batch_size, num_classes=10) -> Generator:
     return Generator(sample, lambda x: x, (1, 8, 8), num_classes, 0, batch_size, torch.device("cpu"))
 
 
-def test_results_do_not_depend_on_the_batch_size(evaluation):
-    results = [evaluation.run(perfect_generator(batch_size)) for batch_size in (64, 1000)]
+def run(evaluation, generator, path, advance=lambda done: None):
+    processes = Processes()
+    work = WorkList(path, evaluation.num_samples, 256, ".safetensors")
+    work.open("the same", processes)
+    try:
+        stream = GeneratedStream(generator, evaluation.num_samples)
+        return evaluation.run(stream, work, processes.undertake(), torch.device("cpu"), advance)
+    finally:
+        work.close()
+
+
+def test_results_do_not_depend_on_the_batch_size(evaluation, tmp_path):
+    results = [run(evaluation, perfect_generator(size), tmp_path / str(size)) for size in (64, 1000)]
     for result in results:
         assert result["num_samples"] == 1000 and result.pop("images_per_second") > 0
     assert results[0] == pytest.approx(results[1], rel=1e-6)
     assert results[0]["FID-digits"] < 6 and results[0]["class_agreement"] > 0.99
 
 
-def test_progress_is_told_of_every_image(evaluation):
+def test_progress_is_told_of_every_image(evaluation, tmp_path):
     seen = []
-    evaluation.run(perfect_generator(300), seen.append)
-    assert seen == [300, 300, 300, 100]
+    run(evaluation, perfect_generator(200), tmp_path, seen.append)
+    assert seen == [200, 256, 456, 512, 712, 768, 968, 1000]
 
 
 def test_labels_are_balanced_shuffled_and_a_function_of_the_index():

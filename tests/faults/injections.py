@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from diffussm import build
+from diffussm.runtime import work_list
 from diffussm.training import checkpoint, trainer
 
 
@@ -249,3 +250,17 @@ def kill_workers(every: int) -> None:
 
     before(trainer.Trainer, "run_step", act)
     before(checkpoint.CheckpointStore, "save", kill)
+
+
+def slow_ranges(seconds: float) -> None:
+    """Samples and their features take this long for every range."""
+    work_off = work_list.WorkList.work_off
+
+    def slowed(self: Any, finish: Callable[..., object], *arguments: Any) -> int:
+        def wait(number: int, tell: Callable[[int], object]) -> None:
+            time.sleep(seconds)
+            finish(number, tell)
+
+        return work_off(self, wait, *arguments)
+
+    work_list.WorkList.work_off = slowed  # type: ignore[method-assign]

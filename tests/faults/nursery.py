@@ -23,6 +23,7 @@ from faults import injections
 
 import diffussm.build
 import diffussm.commands.encode
+import diffussm.commands.evaluate
 import diffussm.commands.sample
 import diffussm.commands.train
 import diffussm.runtime.distributed
