@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffussm.cli import main
-from diffussm.commands.sample import _choose_labels
+from diffussm.commands.sample import choose_labels
 from diffussm.compose import group_options
 from diffussm.config import TrainConfig
 from diffussm.evaluation.features import DIGITS_WEIGHTS
@@ -491,7 +491,7 @@ def test_a_checkpoint_cannot_name_code_to_run(run, tmp_path, in_tmp, capsys, nod
 
 def test_images_are_spread_over_the_classes_as_evenly_as_can_be():
     config = OmegaConf.create({"num_images": 11, "classes": None})
-    classes, labels = _choose_labels(config, 10)
+    classes, labels = choose_labels(config, 10)
     counts = torch.bincount(labels, minlength=10)
     assert classes == list(range(10)) and counts.sum() == 11 and counts.max() - counts.min() == 1
 
@@ -499,7 +499,7 @@ def test_images_are_spread_over_the_classes_as_evenly_as_can_be():
 @pytest.mark.parametrize("chosen", [None, [7, 3, 3]])
 def test_the_class_of_an_image_does_not_depend_on_how_many_are_drawn(chosen):
     few, many = (
-        _choose_labels(OmegaConf.create({"classes": chosen, "num_images": count}), 10)[1] for count in (4, 23)
+        choose_labels(OmegaConf.create({"classes": chosen, "num_images": count}), 10)[1] for count in (4, 23)
     )
     assert torch.equal(few, many[:4])
 

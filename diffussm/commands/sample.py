@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
@@ -29,6 +30,7 @@ from diffussm.training.checkpoint import Checkpoint
 from diffussm.training.logging import Progress
 
 MAX_GRID_COLUMNS = 20
+RECORD = "samples.json"  # beside the images: what decides them
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,36 +39,48 @@ def run(options: argparse.Namespace) -> int:
     checkpoint, trained, config = open_checkpoint(options)
     if options.print_config:
         return print_config(config)
-    _check_drawable(checkpoint)
+    out, is_new = draw(checkpoint, trained, config)
+    if is_new:
+        print(f"{out / 'grid.png'}: {config.num_images} images, each in a file beside it")
+    else:
+        print(f"{out / 'grid.png'}: these {config.num_images} images are there already")
+    return 0
+
+
+def draw(checkpoint: Checkpoint, trained: DictConfig, config: DictConfig) -> tuple[Path, bool]:
+    """Draw the images of a configuration of `sample`: where they are, and whether they had to be drawn."""
+    check_drawable(checkpoint)
     request = make_request(checkpoint, config, ("sampler", "guidance", "num_images", "classes"))
     default = run_path(checkpoint) / "samples" / f"{checkpoint.path.name}-{digest(request)}"
     out = Path(config.out or default)
-    if _is_complete(out, request):
-        print(f"{out / 'grid.png'}: these {config.num_images} images are there already")
-        return 0
+    if is_complete(out, request):
+        return out, False
 
     system = build_system(checkpoint, trained, config.device)
     weights = load_weights(checkpoint, system.model, config.sampling.weights)
     generator = system.generator(system.model, config)
-    classes, labels = _choose_labels(config, generator.num_classes)
-    write_json(out / "samples.json", {"request": request, "weights": weights, "complete": False})
+    classes, labels = choose_labels(config, generator.num_classes)
+    write_json(out / RECORD, {"request": request, "weights": weights, "complete": False})
     progress = Progress(config.num_images, 0, "img")
     batches = []
     for batch in generator.generate(range(config.num_images), labels):
         for index, image in zip(batch.indices, batch.images, strict=True):
-            pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
-            Image.fromarray(pixels).save(out / f"{index:06d}.png")
+            save_image(image, out / f"{index:06d}.png")
         batches.append(batch.images)
         progress.advance(len(batch.indices))
     progress.close()
-    images = torch.cat(batches)
-    _save_grid(images, classes, labels, out / "grid.png")
-    write_json(out / "samples.json", {"request": request, "weights": weights, "complete": True})
-    print(f"{out / 'grid.png'}: {len(images)} images, each in a file beside it")
-    return 0
+    _save_grid(torch.cat(batches), classes, labels, out / "grid.png")
+    write_json(out / RECORD, {"request": request, "weights": weights, "complete": True})
+    return out, True
 
 
-def _check_drawable(checkpoint: Checkpoint) -> None:
+def save_image(image: UInt8[Tensor, "C H W"], path: Path) -> None:
+    """One image as a PNG."""
+    Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(path)
+
+
+def check_drawable(checkpoint: Checkpoint) -> None:
+    """ConfigError for images that are neither grey nor in colour."""
     channels = checkpoint.document("train_state")["data"]["image_shape"][0]
     if channels not in (1, 3):
         raise ConfigError(
@@ -75,9 +89,9 @@ def _check_drawable(checkpoint: Checkpoint) -> None:
         )
 
 
-def _is_complete(out: Path, request: Mapping[str, Any]) -> bool:
+def is_complete(out: Path, request: Mapping[str, Any]) -> bool:
     """Whether `out` holds all of this request; RunDirectoryError if it holds anything else."""
-    answer = read_answer(out / "samples.json")
+    answer = read_answer(out / RECORD)
     if answer is None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise RunDirectoryError(f"out={out}: exists and is not ours: choose another directory")
@@ -87,7 +101,7 @@ def _is_complete(out: Path, request: Mapping[str, Any]) -> bool:
     return answer["complete"]
 
 
-def _choose_labels(config: DictConfig, num_classes: int | None) -> tuple[list[int], Tensor | None]:
+def choose_labels(config: DictConfig, num_classes: int | None) -> tuple[list[int], Tensor | None]:
     """(classes, labels of all images): image i shows class i mod n of the n chosen ones."""
     if num_classes is None:
         if config.classes is not None:

@@ -1,0 +1,145 @@
+"""Pictures of runs for `compare` and `report`: drawn as `sample` draws them, or found in the run directory."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from diffussm.commands.denoising import draw_denoising
+from diffussm.commands.from_checkpoint import open_checkpoint
+from diffussm.commands.run_collection import Asked
+from diffussm.commands.sample import choose_labels, draw
+from diffussm.report.page import Gallery, Strip
+from diffussm.report.pictures import Picture, embed
+from diffussm.report.run_record import RunRecord
+from diffussm.runtime.errors import ConfigError, UserError
+from diffussm.training.checkpoint import Checkpoint
+
+MOST_PIXELS = 128  # of a sample in a page
+MOST_GRID_PIXELS = 640
+MOST_GRIDS = 6
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """Draws images of runs as `sample` does, once; what cannot be drawn is a remark, unless it was asked for."""
+
+    asked: Asked
+
+    def samples(self, run: RunRecord, count: int) -> tuple[list[tuple[str, Path]], str]:
+        """The first `count` images with their labels, and how they were drawn, or why there are none."""
+        if not count:
+            return [], "None were asked for."
+        with self._explaining() as remark:
+            checkpoint, trained, config = self._open(run, count)
+            out, _ = draw(checkpoint, trained, config)
+            labels = _labels(trained, config)
+            drawn = [(labels[i % len(labels)], out / f"{i:06d}.png") for i in range(count)]
+            return drawn, _describe(checkpoint, config)
+        return [], remark[0]
+
+    def by_class(self, run: RunRecord, count: int) -> Gallery:
+        """The first `count` images, those of a class in its row."""
+        drawn, about = self.samples(run, count)
+        return Gallery(
+            "Samples by class" if len({label for label, _ in drawn}) > 1 else "Samples", about, _rows(drawn)
+        )
+
+    def denoising(self, run: RunRecord, count: int) -> Gallery:
+        """Of the first `count` images, rows of x_t and of the expected x_0."""
+        title = "Step by step"
+        if not count:
+            return Gallery(title, "None were asked for.", [])
+        with self._explaining() as remark:
+            checkpoint, trained, config = self._open(run, count)
+            out, timesteps = draw_denoising(checkpoint, trained, config)
+            labels, strips = _labels(trained, config), []
+            for index in range(count):
+                label = labels[index % len(labels)]
+                for name, says in (("x_t", "noisy image"), ("x_0", "expected image")):
+                    pictures = [
+                        embed(
+                            out / f"{index:06d}-{step}-{name}.png", f"{label}, {says} at t = {t:.0f}", MOST_PIXELS
+                        )
+                        for step, t in enumerate(timesteps)
+                    ]
+                    last = embed(out / f"{index:06d}.png", f"{label}, the image", MOST_PIXELS)
+                    strips.append(Strip(f"{label}, {name}", [*pictures, last]))
+            columns = [*(f"t = {t:.0f}" for t in timesteps), "image"]
+            about = "From noise to image: x_t as the sampler has it, and the x_0 that the network expects of it."
+            return Gallery(title, f"{about} {_describe(checkpoint, config)}", strips, columns)
+        return Gallery(title, remark[0], [])
+
+    def _open(self, run: RunRecord, count: int) -> tuple[Checkpoint, DictConfig, DictConfig]:
+        path = str(run.path).replace("\\", "\\\\").replace("'", "\\'")
+        own = self.asked.config
+        overrides = [f"checkpoint='{path}'", f"num_images={count}", f"device={own.device}"]
+        if own.trust_checkpoint:
+            overrides.append("trust_checkpoint=true")
+        return open_checkpoint(
+            argparse.Namespace(
+                verb="sample", overrides=[*overrides, *self.asked.drawing], config_dir=self.asked.config_dir
+            )
+        )
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[list[str]]:
+        """Holds why it ended before its end."""
+        remark: list[str] = []
+        try:
+            yield remark
+        except (UserError, torch.cuda.OutOfMemoryError) as error:
+            if self.asked.drawing and isinstance(error, ConfigError):
+                raise  # what was asked for by name is not left out in silence
+            remark.append(f"Could not be drawn: {str(error).splitlines()[0]}")
+
+
+def _labels(trained: DictConfig, config: DictConfig) -> list[str]:
+    """What image i shows is in place i, modulo their number."""
+    if trained.model.num_classes is None:
+        return ["sample"]
+    return [f"class {label}" for label in choose_labels(config, trained.model.num_classes)[0]]
+
+
+def _describe(checkpoint: Checkpoint, config: DictConfig) -> str:
+    sampling, sampler = config.sampling, config.sampler
+    name = sampler.get("scheduler") or sampler._target_.rpartition(".")[2]
+    guidance = config.guidance.get("scale")
+    parts = [
+        f"{name}, {sampler.get('num_steps')} steps",
+        f"weights {sampling.weights}",
+        f"seed {sampling.seed}",
+        *([] if guidance is None else [f"guidance {guidance:g}"]),
+    ]
+    return f"Drawn from {checkpoint.path.name}: {', '.join(parts)}."
+
+
+def _rows(drawn: Sequence[tuple[str, Path]]) -> list[Strip]:
+    """A row for each label."""
+    rows: dict[str, list[Picture]] = {}
+    for index, (label, path) in enumerate(drawn):
+        rows.setdefault(label, []).append(embed(path, f"{label}, image {index}", MOST_PIXELS))
+    if len(rows) == 1:  # nothing tells them apart: in rows of eight
+        pictures = next(iter(rows.values()))
+        return [Strip(f"{start}", pictures[start : start + 8]) for start in range(0, len(pictures), 8)]
+    return [Strip(label, pictures) for label, pictures in rows.items()]
+
+
+def training_grids(run: RunRecord) -> Gallery | None:
+    """Grids that were drawn in training, at most MOST_GRIDS, the first and the newest among them."""
+    paths = sorted((run.path / "samples").glob("images-*.png"))
+    if not paths:
+        return None
+    chosen = torch.linspace(0, len(paths) - 1, min(MOST_GRIDS, len(paths))).round().long().tolist()
+    pictures, columns = [], []
+    for index in dict.fromkeys(chosen):
+        with contextlib.suppress(OSError, ValueError):  # one that is just being written, or is none
+            images = int(paths[index].stem.removeprefix("images-"))
+            pictures.append(embed(paths[index], f"samples at {images:,} images", MOST_GRID_PIXELS))
+            columns.append(f"{images:,} images")
+    about = f"{len(pictures)} of {len(paths)} grids, a row for each class where there are classes."
+    return Gallery("Samples during training", about, [Strip("", pictures)], columns) if pictures else None
