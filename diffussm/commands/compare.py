@@ -59,27 +59,28 @@ def same_noise(runs: Sequence[RunRecord], drawer: Drawer, count: int, out: Path)
     if not count:
         return Gallery("Samples from the same noise", "None were asked for.", [])
     strips, rows, names, columns = [], [], [], []
-    about = ["Each column begins with the same noise and, where there are classes, is of the same one."]
+    manners: dict[str, list[str]] = {}
     for run in runs:
-        drawn, remark = drawer.samples(run, count)
-        about.append(f"{run.name}: {remark}")
-        if drawn:
-            pictures = [
-                embed(path, f"{run.name}, {label}, image {i}", MOST_PIXELS)
-                for i, (label, path) in enumerate(drawn)
-            ]
-            strips.append(Strip(run.name, pictures))
-            names.append(run.name)
-            rows.append(torch.stack([pil_to_tensor(Image.open(path)) for _, path in drawn]))
-            columns.append([label.removeprefix("class ") for label, _ in drawn])
-        else:
-            note(f"{run.path}: {remark}")
-    shapes = {row.shape[1:] for row in rows}
-    is_alike = len(shapes) == 1 and all(labels == columns[0] for labels in columns)
-    if len(shapes) > 1:
-        about[0] = "The runs draw images of different shapes, which no noise can be common to."
-    elif rows and not is_alike:
-        about[0] = "Each column begins with the same noise; the runs know different classes."
-    if len(shapes) == 1:
+        drawn = drawer.samples(run, count)
+        manners.setdefault(drawn.problem or drawn.manner, []).append(run.name)
+        if drawn.problem:
+            note(f"{run.path}: {drawn.problem}")
+            continue
+        pictures = [
+            embed(path, f"{run.name}, {label}, image {i}", MOST_PIXELS)
+            for i, (label, path) in enumerate(drawn.images)
+        ]
+        strips.append(Strip(run.name, pictures))
+        names.append(run.name)
+        rows.append(torch.stack([pil_to_tensor(Image.open(path)) for _, path in drawn.images]))
+        columns.append([label.removeprefix("class ") for label, _ in drawn.images])
+    is_alike = bool(columns) and all(labels == columns[0] for labels in columns)
+    about = "Each column begins with the same noise and, where there are classes, is of the same one."
+    if len({row.shape[1:] for row in rows}) > 1:
+        about = "The runs draw images of different shapes, which no noise can be common to."
+    elif rows:
         save_rows(rows, out / "samples.png", names)
-    return Gallery("Samples from the same noise", " ".join(about), strips, columns[0] if is_alike else ())
+        if not is_alike:
+            about = "Each column begins with the same noise; the runs know different classes."
+    about = " ".join([about, *(f"{', '.join(which)}: {manner}." for manner, which in manners.items())])
+    return Gallery("Samples from the same noise", about, strips, columns[0] if is_alike else ())

@@ -25,29 +25,46 @@ MOST_GRIDS = 6
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Images of a run.
+
+    Attributes:
+        images: label and file of each.
+        checkpoint: the name of that they are of.
+        manner: sampler, weights, seed and guidance, in words.
+        problem: why there are none.
+    """
+
+    images: Sequence[tuple[str, Path]] = ()
+    checkpoint: str = ""
+    manner: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class Drawer:
     """Draws images of runs as `sample` does, once; what cannot be drawn is a remark, unless it was asked for."""
 
     asked: Asked
 
-    def samples(self, run: RunRecord, count: int) -> tuple[list[tuple[str, Path]], str]:
-        """The first `count` images with their labels, and how they were drawn, or why there are none."""
+    def samples(self, run: RunRecord, count: int) -> Drawn:
+        """The first `count` images."""
         if not count:
-            return [], "None were asked for."
+            return Drawn(problem="None were asked for.")
         with self._explaining() as remark:
             checkpoint, trained, config = self._open(run, count)
             out, _ = draw(checkpoint, trained, config)
             labels = _labels(trained, config)
-            drawn = [(labels[i % len(labels)], out / f"{i:06d}.png") for i in range(count)]
-            return drawn, _describe(checkpoint, config)
-        return [], remark[0]
+            images = [(labels[i % len(labels)], out / f"{i:06d}.png") for i in range(count)]
+            return Drawn(images, checkpoint.path.name, _describe(config))
+        return Drawn(problem=remark[0])
 
     def by_class(self, run: RunRecord, count: int) -> Gallery:
         """The first `count` images, those of a class in its row."""
-        drawn, about = self.samples(run, count)
-        return Gallery(
-            "Samples by class" if len({label for label, _ in drawn}) > 1 else "Samples", about, _rows(drawn)
-        )
+        drawn = self.samples(run, count)
+        has_classes = len({label for label, _ in drawn.images}) > 1
+        about = drawn.problem or f"Drawn from {drawn.checkpoint}: {drawn.manner}."
+        return Gallery("Samples by class" if has_classes else "Samples", about, _rows(drawn.images))
 
     def denoising(self, run: RunRecord, count: int) -> Gallery:
         """Of the first `count` images, rows of x_t and of the expected x_0."""
@@ -71,7 +88,7 @@ class Drawer:
                     strips.append(Strip(f"{label}, {name}", [*pictures, last]))
             columns = [*(f"t = {t:.0f}" for t in timesteps), "image"]
             about = "From noise to image: x_t as the sampler has it, and the x_0 that the network expects of it."
-            return Gallery(title, f"{about} {_describe(checkpoint, config)}", strips, columns)
+            return Gallery(title, f"{about} {checkpoint.path.name}, {_describe(config)}.", strips, columns)
         return Gallery(title, remark[0], [])
 
     def _open(self, run: RunRecord, count: int) -> tuple[Checkpoint, DictConfig, DictConfig]:
@@ -105,7 +122,7 @@ def _labels(trained: DictConfig, config: DictConfig) -> list[str]:
     return [f"class {label}" for label in choose_labels(config, trained.model.num_classes)[0]]
 
 
-def _describe(checkpoint: Checkpoint, config: DictConfig) -> str:
+def _describe(config: DictConfig) -> str:
     sampling, sampler = config.sampling, config.sampler
     name = sampler.get("scheduler") or sampler._target_.rpartition(".")[2]
     guidance = config.guidance.get("scale")
@@ -115,7 +132,7 @@ def _describe(checkpoint: Checkpoint, config: DictConfig) -> str:
         f"seed {sampling.seed}",
         *([] if guidance is None else [f"guidance {guidance:g}"]),
     ]
-    return f"Drawn from {checkpoint.path.name}: {', '.join(parts)}."
+    return ", ".join(parts)
 
 
 def _rows(drawn: Sequence[tuple[str, Path]]) -> list[Strip]:

@@ -17,7 +17,7 @@ def write_report(out: Path, title: str, subtitle: str, sections: Sequence[Sectio
     Curves are pictures of the first section only, which is what the report is about.
     """
     write_atomically(out / "report.md", _markdown(title, subtitle, sections).encode())
-    for table in (table for section in sections for table in section.tables if table.rows):
+    for table in (table for section in sections for table in section.all_tables if table.rows):
         write_atomically(out / f"{table.name}.csv", table.csv().encode())
         write_atomically(out / f"{table.name}.tex", table.latex().encode())
     for chart in sections[0].charts:
@@ -42,7 +42,7 @@ def _markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         parts += [f"## {section.title}", *section.lead]
         if section.facts:
             parts.append("\n".join(f"- {name}: {value}" for name, value in section.facts))
-        for table in section.tables:
+        for table in section.all_tables:
             parts += _told(table)
     return "\n\n".join(parts) + "\n"
 

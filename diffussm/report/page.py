@@ -6,7 +6,7 @@ Its curves are drawn as SVG by a script of its own; a plotting library would be 
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Section:
         state: of a run, in a word, and `is_fine` whether that is well.
         lead: sentences below the title.
         facts: the most important numbers with their names.
+        tables, more_tables: those at the beginning, and those after curves and pictures.
         texts: longer texts in fixed type with their titles, folded.
     """
 
@@ -63,7 +64,13 @@ class Section:
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
     galleries: Sequence[Gallery] = ()
-    texts: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    more_tables: Sequence[Table] = ()
+    texts: Sequence[tuple[str, str]] = ()
+
+    @property
+    def all_tables(self) -> list[Table]:
+        """In their order."""
+        return [*self.tables, *self.more_tables]
 
 
 def render_page(title: str, subtitle: str, sections: Sequence[Section]) -> str:

@@ -34,7 +34,8 @@ class Measurement:
         how: what decides the numbers, in words; those of equal words can be compared.
         metrics: values by name.
         intervals: their 95% confidence intervals, as far as they were asked for.
-        of_images: whether real images were measured and not samples.
+        of_images: whether the model was measured on real images, and not its samples.
+        is_reference: whether it is of real images themselves.
     """
 
     images: int
@@ -42,6 +43,7 @@ class Measurement:
     metrics: Mapping[str, float]
     intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
     of_images: bool = False
+    is_reference: bool = False
 
     @property
     def fid(self) -> str | None:
@@ -57,6 +59,8 @@ class RunRecord:
         name: what it is called here.
         settings: its configuration, every value by its dotted key; empty if it is not known.
         costs: None where the model is not known.
+        measurements: of the run, oldest state first.
+        real: the same metrics of real images that its evaluations have held out.
         image_shape: (C, H, W), from its newest checkpoint.
         source: the whole configuration as text.
     """
@@ -68,6 +72,7 @@ class RunRecord:
     records: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
     measurements: Sequence[Measurement]
+    real: Sequence[Measurement] = ()
     costs: Costs | None = None
     image_shape: tuple[int, ...] | None = None
     source: str = ""
@@ -81,6 +86,10 @@ class RunRecord:
     def gflops_per_image(self) -> float | None:
         """In the unit of papers: one multiply-accumulate of a forward pass is one."""
         return self.costs.macs / GIGA if self.costs and self.costs.macs else None
+
+    @cached_property
+    def _seen(self) -> list[int]:
+        return [record["images"] for record in self.records]
 
     @cached_property
     def hours(self) -> list[float]:
@@ -101,7 +110,7 @@ class RunRecord:
             return None if self.gflops_per_image is None else images * self.gflops_per_image
         if not self.hours or not self.hours[-1]:
             return None
-        seen = [record["images"] for record in self.records]
+        seen = self._seen
         after = min(bisect.bisect_left(seen, images), len(seen) - 1)
         start, spent = (seen[after - 1], self.hours[after - 1]) if after else (0, 0.0)
         width = seen[after] - start
@@ -125,6 +134,7 @@ def read_run(path: Path, name: str, settings: Mapping[str, Any], **known: Any) -
         settings: the configuration, flat.
         known: further arguments of RunRecord.
     """
+    afterwards = list(_afterwards(path / "results.jsonl", settings))
     found, _ = read_records(path / "metrics.jsonl")
     everything = [record for record in found if isinstance(record["images"], int)]
     by_images = {record["images"]: record for record in everything if "loss" in record}  # the newest counts
@@ -136,9 +146,10 @@ def read_run(path: Path, name: str, settings: Mapping[str, Any], **known: Any) -
         records=[by_images[images] for images in sorted(by_images)],
         events=[record for record in everything if "event" in record],
         measurements=sorted(
-            [*_in_training(everything, settings), *_afterwards(path / "results.jsonl", settings)],
+            [*_in_training(everything, settings), *(m for m in afterwards if not m.is_reference)],
             key=lambda measurement: measurement.images,
         ),
+        real=[m for m in afterwards if m.is_reference],
         **known,
     )
 
@@ -174,6 +185,9 @@ def _afterwards(path: Path, settings: Mapping[str, Any]) -> Iterator[Measurement
                     metrics.get("num_samples"),
                 )
                 yield _measurement(images, how, metrics)
+            if metrics := answer.get("real_against_real"):
+                how = f"real against real, {metrics.get('num_samples'):,} images"
+                yield _measurement(images, how, metrics, is_reference=True)
             if metrics := answer.get("image_metrics"):
                 count = metrics.get("num_samples")
                 how = f"{count:,} real images, {request.get('data', {}).get('split', 'all')}"
@@ -182,14 +196,14 @@ def _afterwards(path: Path, settings: Mapping[str, Any]) -> Iterator[Measurement
             continue
 
 
-def _measurement(images: int, how: str, metrics: Mapping[str, Any], of_images: bool = False) -> Measurement:
+def _measurement(images: int, how: str, metrics: Mapping[str, Any], **kind: bool) -> Measurement:
     numbers = {
         name: value
         for name, value in metrics.items()
         if _is_number(value) and name not in ("num_samples", "images_per_second")
     }
     intervals = metrics.get("intervals")
-    return Measurement(images, how, numbers, intervals if isinstance(intervals, Mapping) else {}, of_images)
+    return Measurement(images, how, numbers, intervals if isinstance(intervals, Mapping) else {}, **kind)
 
 
 def _how(weights: str, sampler: Mapping[str, Any], guidance: Mapping[str, Any], count: Any) -> str:

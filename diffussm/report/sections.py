@@ -21,7 +21,8 @@ def comparison_section(compared: Compared, galleries: Sequence[Gallery]) -> Sect
     count = len(compared.runs)
     return Section(
         title=f"{count} runs compared" if count > 1 else "The run",
-        tables=compared.tables,
+        tables=[table for table in (compared.table, compared.pairs) if table],
+        more_tables=[compared.differences],
         charts=comparison_charts(compared.runs),
         galleries=galleries,
     )
@@ -40,7 +41,8 @@ def run_section(run: RunRecord, galleries: Sequence[Gallery], prefix: str = "") 
         state=report.state,
         is_fine=report.state in FINE_STATES,
         facts=_facts(run),
-        tables=[_results(run, prefix), _timesteps(run, prefix), _events(run, prefix)],
+        tables=[_results(run, prefix)],
+        more_tables=[_timesteps(run, prefix), _events(run, prefix)],
         charts=run_charts(run),
         galleries=galleries,
         texts=[
@@ -70,7 +72,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
         "parameters": f"{run.costs.parameters:,}" if run.costs else None,
         "GMAC per image": general_text(per_image) if per_image else None,
         "total Gflops": general_text(per_image * run.images) if per_image else None,
-        "time in steps": describe_duration(hours * 3600) if hours else None,
+        "training time": describe_duration(hours * 3600) if hours else None,
         "images/s": f"{run.images / hours / 3600:,.0f}" if hours else None,
         "peak memory": f"{memory:.2f} GiB" if memory else None,
         "loss": general_text(loss) if (loss := run.last("loss")) is not None else None,
@@ -89,12 +91,13 @@ def _count(value: Any) -> str:
 def _results(run: RunRecord, prefix: str) -> Table:
     """Everything that was measured, the newest state last."""
     names = list(dict.fromkeys(name for m in run.measurements for name in m.metrics))
+    real: list[list[Cell]] = [[m.how, None, *(cell(m, name) for name in names)] for m in run.real[-1:]]
     columns = [
         Column("measured", is_text=True), Column("images"), *(Column(name, metric_text) for name in names)
     ]  # fmt: skip
     rows: list[list[Cell]] = [[m.how, m.images, *(cell(m, name) for name in names)] for m in run.measurements]
     caption = "Results, with 95% confidence intervals where they were asked for."
-    return Table(f"{prefix}results", caption if rows else "Results", columns, rows)
+    return Table(f"{prefix}results", caption if rows else "Results", columns, [*rows, *real])
 
 
 def _timesteps(run: RunRecord, prefix: str) -> Table:

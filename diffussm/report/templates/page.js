@@ -1,7 +1,7 @@
 "use strict";
 // Curves as SVG with values under the pointer, a finger or the arrow keys; names that show and hide them; copies.
 (() => {
-  const WIDTH = 520, HEIGHT = 260, LEFT = 58, RIGHT = 12, TOP = 10, BOTTOM = 34;
+  const HEIGHT = 260, LEFT = 58, RIGHT = 12, TOP = 10, BOTTOM = 36, GAP_X = 56, GAP_Y = 24;
   const COLORS = 8, DASHES = ["", "7 3", "2 2.5", "8 3 2 3"];
   const SVG = "http://www.w3.org/2000/svg";
   const sections = JSON.parse(document.getElementById("charts").textContent);
@@ -28,6 +28,15 @@
   const full = value => Math.abs(value) >= 1e4 && Math.abs(value) < 1e15
     ? Math.round(value).toLocaleString("en") : compact(value);
 
+  // The marks that leave room for each other's names, round numbers first.
+  function spaced(marks, place, gap) {
+    const isRound = mark => Math.abs(Math.log10(mark) - Math.round(Math.log10(mark))) < 1e-9;
+    const kept = [];
+    for (const mark of [...marks.filter(isRound), ...marks.filter(mark => !isRound(mark))])
+      if (kept.every(other => Math.abs(place(other) - place(mark)) >= gap)) kept.push(mark);
+    return kept;
+  }
+
   // A scale from values to pixels, with where it is marked.
   function scale(low, high, from, to, isLog) {
     if (isLog) {
@@ -44,12 +53,13 @@
           }
         if (marks.length >= 3) break;
       }
-      const every = Math.ceil(marks.length / 6);
-      return {place, marks: marks.filter((mark, i) => i % every === 0)};
+      if (marks.length >= 2) return {place, marks: spaced(marks, place, from > to ? GAP_Y : GAP_X)};
+      return {place, marks: scale(10 ** a, 10 ** b, from, to, false).marks};
     }
     if (high - low < 1e-12 * Math.max(1, Math.abs(high))) [low, high] = [low - 0.5 * (Math.abs(low) || 1), high + 0.5 * (Math.abs(high) || 1)];
     const place = value => from + (value - low) / (high - low) * (to - from);
-    const rough = (high - low) / 5, power = 10 ** Math.floor(Math.log10(rough));
+    const room = Math.abs(to - from) / (from > to ? GAP_Y : GAP_X);
+    const rough = (high - low) / Math.max(2, Math.min(5, Math.floor(room))), power = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 2.5, 5, 10].map(s => s * power).find(s => s >= rough);
     const marks = [];
     for (let i = Math.ceil(low / step); i * step <= high + step * 1e-6; i++) marks.push(+(i * step).toPrecision(12));
@@ -66,10 +76,11 @@
         const label = make("label", {}, figure.querySelector("figcaption"));
         const box = make("input", {type: "checkbox"}, label);
         box.checked = this.isLog;
-        label.append(" logarithmic");
+        label.append(" log y");
+        box.setAttribute("aria-label", `${chart.title}: logarithmic y axis`);
         box.addEventListener("change", () => { this.isLog = box.checked; this.draw(); });
       }
-      this.svg = make("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", tabindex: "0",
+      this.svg = make("svg", {role: "img", tabindex: "0",
         "aria-label": `${summary} Left and right arrow keys read values.`}, figure);
       this.readout = make("p", {class: "readout", "aria-live": "polite"}, figure);
       this.keys = make("div", {class: "keys", role: "group", "aria-label": `Curves of ${chart.title}`}, figure);
@@ -89,12 +100,13 @@
       });
       const read = event => {
         const box = this.svg.getBoundingClientRect();
-        this.point((event.clientX - box.left) / box.width * WIDTH);
+        this.point(event.clientX - box.left);
       };
       this.svg.addEventListener("pointermove", read);
       this.svg.addEventListener("pointerdown", read);
       this.svg.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") this.read(null); });
       this.svg.addEventListener("keydown", event => this.press(event));
+      new ResizeObserver(() => { if (this.axis && this.svg.clientWidth !== this.width) this.draw(); }).observe(this.svg);
     }
 
     stroke(i) {
@@ -105,6 +117,7 @@
     draw(axis = this.axis, isLogX = this.isLogX) {
       [this.axis, this.isLogX] = [axis, isLogX];
       this.svg.replaceChildren();
+      const WIDTH = this.width = this.svg.clientWidth || 520;
       this.shown = this.chart.lines.map((line, i) => {
         if (this.hidden.has(i) || !line.x[axis.key]) return null;
         const points = line.x[axis.key].map((x, j) => [x, line.y[j]])
