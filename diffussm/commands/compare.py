@@ -11,6 +11,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from diffussm.commands import note, print_config
 from diffussm.commands.run_collection import Asked, common_directory, parse, read_runs
 from diffussm.commands.run_pictures import MOST_PIXELS, Drawer
+from diffussm.report.charts import comparison_charts
 from diffussm.report.comparison import Compared, compare
 from diffussm.report.files import print_tables, write_report
 from diffussm.report.grid import save_rows
@@ -40,7 +41,9 @@ def run(options: argparse.Namespace) -> int:
     compared = compare_runs(read_runs(asked), asked)
     gallery = same_noise(compared.runs, Drawer(asked), asked.config.drawn_images, out)
     title = f"{len(compared.runs)} runs compared"
-    page = write_report(out, title, SUBTITLE, [comparison_section(compared, [gallery])])
+    page = write_report(
+        out, title, SUBTITLE, [comparison_section(compared, [gallery])], comparison_charts(compared.runs)
+    )
     print_tables(compared.tables)
     print(f"page         {page}, with tables and curves beside it")
     return 0

@@ -8,6 +8,7 @@ from diffussm.commands import print_config
 from diffussm.commands.compare import SUBTITLE, compare_runs, same_noise
 from diffussm.commands.run_collection import common_directory, parse, read_runs
 from diffussm.commands.run_pictures import Drawer, training_grids
+from diffussm.report.charts import comparison_charts
 from diffussm.report.files import print_tables, write_report
 from diffussm.report.page import Section
 from diffussm.report.run_record import RunRecord
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         prefix = re.sub(r"[^\w.=,+-]+", "-", record.name) + "-" if is_sweep else ""
         sections.append(_section(record, drawer, config.drawn_images, config.denoising_images, prefix))
     title = f"{len(runs)} runs in {common_directory(asked.runs).resolve().name}" if is_sweep else runs[0].name
-    page = write_report(out, title, SUBTITLE, sections)
+    page = write_report(out, title, SUBTITLE, sections, comparison_charts(runs))
     print_tables(sections[0].tables)
     print(f"page         {page} ({page.stat().st_size / 1024:,.0f} KiB), with tables and curves beside it")
     return 0

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from diffussm.report.charts import save_chart
+from diffussm.report.charts import Chart, save_chart
 from diffussm.report.page import Section, render_page
 from diffussm.report.tables import Table
 from diffussm.runtime.run_dir import write_atomically
@@ -11,16 +11,19 @@ from diffussm.runtime.run_dir import write_atomically
 PAGE = "report.html"
 
 
-def write_report(out: Path, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
+def write_report(
+    out: Path, title: str, subtitle: str, sections: Sequence[Section], pictured: Sequence[Chart] = ()
+) -> Path:
     """Write everything into a directory, replacing what an earlier report has left there; returns the page.
 
-    Curves are pictures of the first section only, which is what the report is about.
+    Args:
+        pictured: the charts that become pictures too.
     """
     write_atomically(out / "report.md", _markdown(title, subtitle, sections).encode())
     for table in (table for section in sections for table in section.all_tables if table.rows):
         write_atomically(out / f"{table.name}.csv", table.csv().encode())
         write_atomically(out / f"{table.name}.tex", table.latex().encode())
-    for chart in sections[0].charts:
+    for chart in pictured:
         save_chart(chart, out / f"curve-{chart.name}.png")
     page = out / PAGE
     write_atomically(page, render_page(title, subtitle, sections).encode())
