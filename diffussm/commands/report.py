@@ -4,6 +4,8 @@ import argparse
 import re
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from diffussm.commands import print_config
 from diffussm.commands.compare import SUBTITLE, compare_runs, same_noise
 from diffussm.commands.run_collection import common_directory, parse, read_runs
@@ -17,6 +19,7 @@ from diffussm.runtime.allocator import keep_freed_memory
 from diffussm.runtime.run_dir import refuse_unwritable
 
 MOST_COMPARED = 20  # images of each run in the comparison of a sweep
+MOST_GRIDS, MOST_GRIDS_OF_MANY = 6, 2  # of training, for each run
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         sections.append(comparison_section(compared, [gallery]))
     for record in runs:
         prefix = re.sub(r"[^\w.=,+-]+", "-", record.name) + "-" if is_sweep else ""
-        sections.append(_section(record, drawer, config.drawn_images, config.denoising_images, prefix))
+        sections.append(_section(record, drawer, config, prefix))
     title = f"{len(runs)} runs in {common_directory(asked.runs).resolve().name}" if is_sweep else runs[0].name
     page = write_report(out, title, SUBTITLE, sections, comparison_charts(runs))
     print_tables(sections[0].tables)
@@ -45,8 +48,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _section(record: RunRecord, drawer: Drawer, drawn: int, step_by_step: int, prefix: str) -> Section:
-    galleries = [drawer.by_class(record, drawn), drawer.denoising(record, min(step_by_step, drawn))]
-    if grids := training_grids(record):
+def _section(record: RunRecord, drawer: Drawer, config: DictConfig, prefix: str) -> Section:
+    drawn = config.drawn_images
+    galleries = [drawer.by_class(record, drawn), drawer.denoising(record, min(config.denoising_images, drawn))]
+    if grids := training_grids(record, MOST_GRIDS_OF_MANY if prefix else MOST_GRIDS):
         galleries.append(grids)
     return run_section(record, galleries, prefix)

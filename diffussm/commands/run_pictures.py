@@ -21,7 +21,6 @@ from diffussm.training.checkpoint import Checkpoint
 
 MOST_PIXELS = 128  # of a sample in a page
 MOST_GRID_PIXELS = 640
-MOST_GRIDS = 6
 
 
 @dataclass(frozen=True)
@@ -146,12 +145,12 @@ def _rows(drawn: Sequence[tuple[str, Path]]) -> list[Strip]:
     return [Strip(label, pictures) for label, pictures in rows.items()]
 
 
-def training_grids(run: RunRecord) -> Gallery | None:
-    """Grids that were drawn in training, at most MOST_GRIDS, the first and the newest among them."""
+def training_grids(run: RunRecord, most: int) -> Gallery | None:
+    """At most so many of the grids that were drawn in training, the first and the newest among them."""
     paths = sorted((run.path / "samples").glob("images-*.png"))
     if not paths:
         return None
-    chosen = torch.linspace(0, len(paths) - 1, min(MOST_GRIDS, len(paths))).round().long().tolist()
+    chosen = torch.linspace(0, len(paths) - 1, min(most, len(paths))).round().long().tolist()
     pictures, columns = [], []
     for index in dict.fromkeys(chosen):
         with contextlib.suppress(OSError, ValueError):  # one that is just being written, or is none

@@ -110,11 +110,9 @@ def save_chart(chart: Chart, path: Path) -> None:
 
 def _fid_chart(runs: Sequence[RunRecord], fid: str) -> Chart:
     lines = []
-    for run in runs:
-        for name, points in fid_series(run, fid):
-            images = [point.images for point in points]
-            y = [point.metrics[fid] for point in points]
-            lines.append(Line(name, _places(run, images), y, is_measured=True))
+    for name, run, points in fid_series(runs, fid):
+        y = [point.metrics[fid] for point in points]
+        lines.append(Line(name, _places(run, [point.images for point in points]), y, is_measured=True))
     if fid == "FID" and published_pixels(runs) == 256:
         seen = [steps * published.STEP_IMAGES for steps in published.CURVE_STEPS]
         lines += [Line(name, {"images": seen}, y, is_measured=True) for name, y in published.CURVES.items()]

@@ -1,6 +1,7 @@
 """Runs beside each other: one table, at equal terms if asked, what differs in their settings, and their curves."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Reading:
 
     Attributes:
         images: seen at that point.
-        measurement: the newest until then that most runs share the manner of, if there is one.
+        measurement: the newest until then of the manner that most runs share, if there is one.
         of_images: the newest until then on real images.
     """
 
@@ -106,15 +107,15 @@ def shared_fids(runs: Sequence[RunRecord]) -> list[str]:
     return list(dict.fromkeys(m.fid for run in runs for m in run.measurements if m.fid is not None))
 
 
-def fid_series(run: RunRecord, fid: str) -> Iterator[tuple[str, list[Measurement]]]:
-    """A run's measurements of a distance, those of each manner by themselves."""
-    by_how: dict[str, list[Measurement]] = {}
-    for measurement in run.measurements:
-        if fid in measurement.metrics:
-            by_how.setdefault(measurement.how, []).append(measurement)
-    for how, points in by_how.items():
-        newest = {point.images: point for point in points}
-        yield (run.name if len(by_how) == 1 else f"{run.name} ({how})"), list(newest.values())
+def fid_series(runs: Sequence[RunRecord], fid: str) -> Iterator[tuple[str, RunRecord, list[Measurement]]]:
+    """Names, runs and their measurements of a distance: of several runs in one manner each, of one run in all."""
+    for run, common in zip(runs, common_manners(runs), strict=True):
+        by_how: dict[str, dict[int, Measurement]] = {}
+        for measurement in run.measurements:
+            if fid in measurement.metrics and (len(runs) == 1 or measurement.how == common):
+                by_how.setdefault(measurement.how, {})[measurement.images] = measurement
+        for how, newest in by_how.items():
+            yield (how if len(by_how) > 1 else run.name), run, list(newest.values())
 
 
 def published_pixels(runs: Sequence[RunRecord]) -> int | None:
@@ -166,16 +167,29 @@ def _images_at(run: RunRecord, axis: str, amount: float) -> float:
     return float(low)
 
 
-def _read(runs: Sequence[RunRecord], limits: Sequence[float]) -> list[Reading]:
+def common_manners(runs: Sequence[RunRecord], limits: Sequence[float] | None = None) -> list[str | None]:
+    """How each run was measured, of several ways: as most runs were, else as its own configuration asks for.
+
+    Args:
+        limits: up to how many images of each run measurements count; None: all of them.
+    """
     until = [
-        [m for m in run.measurements if m.images <= limit and not m.of_images]
-        for run, limit in zip(runs, limits, strict=True)
+        [m.how for m in run.measurements if m.images <= limit and not m.of_images]
+        for run, limit in zip(runs, limits or [math.inf] * len(runs), strict=True)
     ]
-    shared = Counter(how for found in until for how in {m.how for m in found})
+    shared = Counter(how for found in until for how in set(found))
+    chosen: list[str | None] = []
+    for run, found in zip(runs, until, strict=True):
+        ranks = {how: (shared[how], how.startswith(f"{run.manner}, "), place) for place, how in enumerate(found)}
+        chosen.append(max(ranks, key=ranks.__getitem__, default=None))
+    return chosen
+
+
+def _read(runs: Sequence[RunRecord], limits: Sequence[float]) -> list[Reading]:
     readings = []
-    for run, limit, found in zip(runs, limits, until, strict=True):
-        # The newest state first, and among its measurements the manner that most runs share.
-        newest = max(enumerate(found), key=lambda pair: (shared[pair[1].how], pair[0]), default=(0, None))[1]
+    for run, limit, how in zip(runs, limits, common_manners(runs, limits), strict=True):
+        found = [m for m in run.measurements if m.images <= limit and m.how == how]
+        newest = found[-1] if found else None
         real = [m for m in run.measurements if m.images <= limit and m.of_images]
         readings.append(Reading(run, limit, newest, real[-1] if real else None))
     return readings

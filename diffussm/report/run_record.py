@@ -60,6 +60,7 @@ class RunRecord:
         settings: its configuration, every value by its dotted key; empty if it is not known.
         costs: None where the model is not known.
         measurements: of the run, oldest state first.
+        manner: how its configuration would have it measured, in the words of Measurement.how.
         real: the same metrics of real images that its evaluations have held out.
         image_shape: (C, H, W), from its newest checkpoint.
         source: the whole configuration as text.
@@ -72,6 +73,7 @@ class RunRecord:
     records: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
     measurements: Sequence[Measurement]
+    manner: str = ""
     real: Sequence[Measurement] = ()
     costs: Costs | None = None
     image_shape: tuple[int, ...] | None = None
@@ -149,21 +151,26 @@ def read_run(path: Path, name: str, settings: Mapping[str, Any], **known: Any) -
             [*_in_training(everything, settings), *(m for m in afterwards if not m.is_reference)],
             key=lambda measurement: measurement.images,
         ),
+        manner=_own_manner(settings),
         real=[m for m in afterwards if m.is_reference],
         **known,
     )
 
 
 def _in_training(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Iterator[Measurement]:
-    target = str(settings.get("sampler._target_", ""))
-    sampler = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith("sampler.")}
-    guidance = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith("guidance.")}
     for record in records:
         metrics = record.get("evaluation")
         if isinstance(metrics, Mapping):
-            count = metrics.get("num_samples")
-            how = _how("ema", {**sampler, "_target_": target}, guidance, count)
+            how = f"{_own_manner(settings)}, {_samples(metrics)}"
             yield _measurement(record["images"], how, metrics)
+
+
+def _own_manner(settings: Mapping[str, Any]) -> str:
+    sampler, guidance = (
+        {key.removeprefix(group): value for key, value in settings.items() if key.startswith(group)}
+        for group in ("sampler.", "guidance.")
+    )
+    return _manner("ema", sampler, guidance)
 
 
 def _afterwards(path: Path, settings: Mapping[str, Any]) -> Iterator[Measurement]:
@@ -178,13 +185,8 @@ def _afterwards(path: Path, settings: Mapping[str, Any]) -> Iterator[Measurement
                 continue
             images = int(step[1]) * batch_size
             if metrics := answer.get("metrics"):
-                how = _how(
-                    request["sampling"]["weights"],
-                    request["sampler"],
-                    request["guidance"],
-                    metrics.get("num_samples"),
-                )
-                yield _measurement(images, how, metrics)
+                manner = _manner(request["sampling"]["weights"], request["sampler"], request["guidance"])
+                yield _measurement(images, f"{manner}, {_samples(metrics)}", metrics)
             if metrics := answer.get("real_against_real"):
                 how = f"real against real, {metrics.get('num_samples'):,} images"
                 yield _measurement(images, how, metrics, is_reference=True)
@@ -206,14 +208,19 @@ def _measurement(images: int, how: str, metrics: Mapping[str, Any], **kind: bool
     return Measurement(images, how, numbers, intervals if isinstance(intervals, Mapping) else {}, **kind)
 
 
-def _how(weights: str, sampler: Mapping[str, Any], guidance: Mapping[str, Any], count: Any) -> str:
+def _samples(metrics: Mapping[str, Any]) -> str:
+    count = metrics.get("num_samples")
+    return f"{count:,} samples" if isinstance(count, int) else "samples"
+
+
+def _manner(weights: str, sampler: Mapping[str, Any], guidance: Mapping[str, Any]) -> str:
     name = sampler.get("scheduler") or str(sampler.get("_target_", "")).rpartition(".")[2]
     scale, kind = guidance.get("scale"), str(guidance.get("_target_", "")).rpartition(".")[2]
     way = "guidance" if kind in ("", "ClassifierFree") else f"{kind.lower()} guidance"
     parts = [weights, f"{name} {sampler.get('num_steps')} steps"]
     if scale is not None:
         parts.append(f"{way} {scale:g}")
-    return ", ".join([*parts, f"{count:,} samples" if isinstance(count, int) else "samples"])
+    return ", ".join(parts)
 
 
 def _is_number(value: Any) -> bool:

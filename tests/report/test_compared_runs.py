@@ -91,6 +91,22 @@ def test_the_manner_that_most_runs_share_is_compared(make):
     assert cells(alone, "FID-digits") == [1.0, None]
 
 
+def test_of_manners_that_no_runs_share_a_run_is_read_in_its_own(make):
+    settings = {
+        "sampler._target_": "diffussm.diffusion.samplers.ddim",
+        "sampler.num_steps": 25,
+        "guidance.scale": 1.25,
+    }
+    run = make("a", 64, settings=settings)
+    add_result(run.path, 4, {"FID-digits": 1.0}, num_steps=500)
+    run = read_run(run.path, "a", {**SETTINGS, **settings})
+    other = make("b", 0)
+    assert cells(compare([run, other]).table, "FID-digits") == [25.0, None]
+    (_, several), (_, single) = comparison_charts([run, other]), comparison_charts([run])
+    assert [line.name for line in several.lines] == ["a"] and several.lines[0].y == [50.0, 25.0]
+    assert len(single.lines) == 2
+
+
 def test_only_settings_that_differ_are_listed(make):
     runs = [make("a", 32), make("b", 32, settings={"seed": 1, "name": "y", "model.init": None})]
     table = compare(runs).differences
