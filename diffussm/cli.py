@@ -24,12 +24,15 @@ VERBS = {
     "inspect": "look at a data set: what is in it, what is wrong with it, how fast it is read",
     "import": "make a run directory from public DiT weights",
     "export": "write a checkpoint's weights for other programs",
+    "compare": "set runs beside each other: a table, curves, samples from the same noise",
+    "report": "write one HTML page about a run or a sweep",
     "complexity": "print parameters, multiply-accumulates, SSM work and activations of models",
     "plan": "foresee a training from raw archive to table row: disk, time, memory, price",
     "schedules": "plot noise schedules and print them as a table",
     "bench": "measure speed and memory against textbook S4D, attention, DiT, diffusers and torchvision",
 }
 MODULES = {"import": "import_weights", "inspect": "inspect_data"}  # where the verb is no name for a module
+PATHS = {"import": "FILE ", "compare": "RUN_DIR ... ", "report": "RUN_DIR ... "}  # what goes without a key
 
 DESCRIPTIONS = {
     "train": """\
@@ -201,6 +204,37 @@ DESCRIPTIONS = {
                                         slightly, for its timestep sinusoid has other frequencies
           weights=ema                   as sampling.weights of `sample`
           to=PATH                       default: under export/ of the run""",
+    "compare": """\
+        Set runs beside each other: a table of what they cost and how good they are, the settings that differ,
+        curves of loss and FID against images, compute and time, and samples drawn from the same noise and labels.
+        Prints the tables; writes them as Markdown, CSV and LaTeX, the curves as PNG, and all as one HTML page.
+
+          RUN_DIR ...                   run directories, or directories that hold some, such as a sweep's
+          match=compute                 at equal terms: read each run where it had had as much compute (also: time,
+                                        images) as the one that had least; match=parameters: in pairs
+          tolerance=0.05                by what share the parameters of a pair may differ
+          drawn_images=20               of each run; 0: none
+          sampler.num_steps= guidance.scale= sampling.seed= classes=
+                                        how they are drawn, as for `sample`; default: as each run is configured
+          autoencoder.pretrained=DIR    where the runs' autoencoder is now
+          device=cuda                   auto, cpu, cuda, cuda:1
+          out=DIR                       default: compare/ in the directory that holds the runs
+
+        Runs on ImageNet stand beside the figures that the paper has published.""",
+    "report": """\
+        Write one HTML page about a run, or about a sweep: the comparison first, then each run. It needs no network
+        and no server; beside it are its tables as Markdown, CSV and LaTeX and its curves as PNG.
+
+          RUN_DIR ...                   run directories, or directories that hold some, such as a sweep's; running
+                                        or finished, with checkpoints or without
+          drawn_images=80               samples by class, of each run; 0: none
+          denoising_images=4            how many of them are shown step by step
+          match= tolerance=             of the comparison, as for `compare`
+          sampler.num_steps= guidance.scale= sampling.seed= classes=
+                                        how they are drawn, as for `sample`; default: as each run is configured
+          autoencoder.pretrained=DIR    where the runs' autoencoder is now
+          device=cuda                   auto, cpu, cuda, cuda:1
+          out=DIR                       default: report/ in the run, or in the directory that holds the runs""",
     "complexity": """\
         Print what models cost on paper, per image of one forward pass. Nothing is computed.
 
@@ -292,8 +326,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, summary in VERBS.items():
-        file = "FILE " if verb == "import" else ""
-        usage = f"diffussm {verb} {file}[--config-dir DIR] [--print-config] [key=value ...]"
+        usage = f"diffussm {verb} {PATHS.get(verb, '')}[--config-dir DIR] [--print-config] [key=value ...]"
         command = verbs.add_parser(
             verb,
             help=summary,

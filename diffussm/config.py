@@ -252,6 +252,28 @@ class SchedulesConfig:
 
 
 @dataclass
+class CompareConfig:
+    """`diffussm compare`."""
+
+    runs: list[str] = free([])  # run directories, or directories that hold some
+    out: str | None = free(None)  # null: compare/ in the directory that holds the runs
+    match: str | None = free(None)  # read the runs at equal terms, of MATCHES; null: each at its end
+    tolerance: float = free(0.05)  # of match=parameters: by what share they may differ
+    drawn_images: int = free(20)  # of each run, from the same noise and labels; 0: none
+    trust_checkpoint: bool = free(False)  # build classes from outside diffussm that a checkpoint names
+    device: str = free("auto")
+
+
+@dataclass
+class ReportConfig(CompareConfig):
+    """`diffussm report`."""
+
+    out: str | None = free(None)  # null: report/ in the run, or in the directory that holds the runs
+    drawn_images: int = free(80)
+    denoising_images: int = free(4)  # of these, how many are shown step by step; 0: none
+
+
+@dataclass
 class BenchConfig:
     """`diffussm bench`."""
 
@@ -278,6 +300,7 @@ FORMATS = ("png", "npz", "tar")
 WEIGHTS = "ema, ema_<decay>, ema_power_<sigma_rel>, posthoc_<sigma_rel> or model"
 SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "density", "coverage", "class_agreement")
 METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
+MATCHES = ("parameters", "compute", "time", "images")
 BENCH_SUITES = (
     "layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data", "trainer", "evaluation",
     "scaling",
@@ -294,6 +317,8 @@ ROOTS = {
     "complexity": ComplexityConfig,
     "plan": PlanConfig,
     "schedules": SchedulesConfig,
+    "compare": CompareConfig,
+    "report": ReportConfig,
     "bench": BenchConfig,
 }
 # Data and autoencoders may move (their fingerprints are checked instead), and what stops a run does not change its
@@ -357,6 +382,8 @@ def validate(config: DictConfig) -> None:
             config, "price_per_hour", price is None or price >= 0, "must be at least 0, or null for no prices"
         )
         _require_choice(config, "dtype", ("fp16", "fp32"))
+    if "runs" in config:
+        _validate_comparison(config)
     if "resolutions" in config:
         fit = len(config.resolutions) > 0 and all(side > 0 and side % 8 == 0 for side in config.resolutions)
         _require(config, "resolutions", fit, "needs at least one positive multiple of 8")
@@ -413,6 +440,14 @@ def _validate_bench(config: DictConfig) -> None:
         _require(config, key, config[key] is None or config[key] > 0, "must be positive")
     if config.precision is not None:
         _require_choice(config, "precision", ("fp32", "bf16"))
+
+
+def _validate_comparison(config: DictConfig) -> None:
+    if config.match is not None:
+        _require_choice(config, "match", MATCHES)
+    _require(config, "tolerance", 0 <= config.tolerance < 1, "must lie in 0..1, 1 excluded")
+    for key in ("drawn_images", "denoising_images"):
+        _require(config, key, config.get(key, 0) >= 0, "must be at least 0, which draws none")
 
 
 def _validate_trainer(config: DictConfig) -> None:

@@ -101,12 +101,17 @@ class System:
         check_objective(self.model, self.objective)
 
     def generator(
-        self, model: nn.Module, config: DictConfig, check: Callable[[], object] = lambda: None
+        self,
+        model: nn.Module,
+        config: DictConfig,
+        check: Callable[[], object] = lambda: None,
+        watch: Callable[[Tensor, Tensor, Prediction], object] = lambda x_t, t, prediction: None,
     ) -> Generator:
         """Generation with these weights and the sampler, guidance and sampling of `config`.
 
         Args:
             check: called before every evaluation of the network, and free to raise.
+            watch: told after it of x_t, t and what was predicted, guidance included.
         """
         sampling = config.sampling
         self._refuse_classifier()
@@ -119,7 +124,9 @@ class System:
 
         def predict(x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
             check()
-            return guided(x_t, t, y)
+            prediction = guided(x_t, t, y)
+            watch(x_t, t, prediction)
+            return prediction
 
         @torch.no_grad()
         def sample(x_T: Tensor, y: Tensor | None, noise: Noise) -> Tensor:

@@ -28,6 +28,11 @@ class Job:
     device: torch.device
     stop: Callable[[], object]
 
+    @classmethod
+    def alone(cls, device: str) -> "Job":
+        """This process by itself, which signals end as they usually do."""
+        return cls(Processes(), choose_device(device), lambda: False)
+
     @contextmanager
     def undertake(self, work: WorkList) -> Iterator[tuple[Undertaking, Tell]]:
         """Something long that a signal ends with exit code 75, and what shows how many images of it are done."""

@@ -25,6 +25,7 @@ from diffussm.commands.from_checkpoint import (
 from diffussm.commands.in_processes import Job, in_processes
 from diffussm.data.sample_files import NPZ, NpzFile, PngFiles, SampleFiles, TarFiles
 from diffussm.data.samples import RECORD, SampleArchive, SampleFolder, SampleTars, StoredSamples
+from diffussm.evaluation.generate import Generator
 from diffussm.evaluation.streams import GeneratedStream
 from diffussm.report.grid import save_rows
 from diffussm.runtime.allocator import keep_freed_memory
@@ -62,7 +63,7 @@ def _sample(options: argparse.Namespace, job: Job) -> int:
 def draw(checkpoint: Checkpoint, trained: DictConfig, config: DictConfig, job: Job) -> tuple[Path, bool]:
     """Draw the images of a configuration of `sample`: where they are, and whether some had to be drawn."""
     processes = job.processes
-    request = processes.on_all(lambda: _make_request(checkpoint, config))
+    request = processes.on_all(lambda: request_of(checkpoint, config))
     out = Path(config.out or run_path(checkpoint) / "samples" / f"{checkpoint.path.name}-{digest(request)}")
     if processes.on_first(lambda: is_complete(out, request)):
         return out, False
@@ -71,9 +72,7 @@ def draw(checkpoint: Checkpoint, trained: DictConfig, config: DictConfig, job: J
         system = build_system(checkpoint, trained, str(job.device))
         weights = load_weights(checkpoint, system.model, config.sampling.weights)
         generator = system.generator(system.model, config)
-        chosen = None if config.classes is None else list(dict.fromkeys(config.classes))  # a row for each
-        classes = choose_classes(chosen, config.labels, generator.num_classes)
-        return GeneratedStream(generator, config.num_images, config.labels, classes), weights
+        return choose_stream(generator, config), weights
 
     stream, weights = processes.on_all(build)
     record = {"request": request, "weights": weights}
@@ -101,7 +100,20 @@ def check_drawable(checkpoint: Checkpoint) -> None:
         )
 
 
-def _make_request(checkpoint: Checkpoint, config: DictConfig) -> dict[str, Any]:
+def choose_stream(generator: Generator, config: DictConfig) -> GeneratedStream:
+    """The images of a configuration of `sample`."""
+    classes = configured_classes(config, generator.num_classes)
+    return GeneratedStream(generator, config.num_images, config.labels, classes)
+
+
+def configured_classes(config: DictConfig, num_classes: int | None) -> list[int] | None:
+    """Those of a configuration of `sample`, as `choose_classes` gives them."""
+    chosen = None if config.classes is None else list(dict.fromkeys(config.classes))  # a row for each
+    return choose_classes(chosen, config.labels, num_classes)
+
+
+def request_of(checkpoint: Checkpoint, config: DictConfig) -> dict[str, Any]:
+    """All that decides which images these are; ConfigError if they cannot be drawn."""
     check_drawable(checkpoint)
     request = make_request(checkpoint, config, ("sampler", "guidance", "num_images", "classes"))
     # There are requests older than these choices.

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,7 +54,13 @@ def run(options: argparse.Namespace) -> int:
     if find_place().world_size == 1 and _check(directory, config):  # before torch is loaded
         return 0
     with StopRequest() as stop:  # from now on, though it will be a while before there is a step to stop after
-        return _train(config, directory, stop)
+        return _train(config, directory, stop, _command(options))
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What continues the run."""
+    config_dir = ["--config-dir", str(options.config_dir)] if options.config_dir else []
+    return shlex.join(["diffussm", "train", *options.overrides, *config_dir])
 
 
 def _num_to_launch(config: DictConfig) -> int:
@@ -85,7 +92,7 @@ def _check(directory: RunDirectory, config: DictConfig) -> bool:
     return False
 
 
-def _train(config: DictConfig, directory: RunDirectory, stop: StopRequest) -> int:
+def _train(config: DictConfig, directory: RunDirectory, stop: StopRequest, command: str) -> int:
     from diffussm.build import System, build_source, build_trainer, choose_device
     from diffussm.runtime.distributed import Processes
 
@@ -117,7 +124,7 @@ def _train(config: DictConfig, directory: RunDirectory, stop: StopRequest) -> in
                 directory.write_status("failed", exit_code=error.exit_code, message=str(error))
             raise
         try:
-            processes.on_first(lambda: _open(directory, source, system, trainer))
+            processes.on_first(lambda: _open(directory, source, system, trainer, command))
             trainer.run(accepted=lambda: _write_config(directory, config))
         except BaseException as error:
             _write_failure(directory, trainer, error)
@@ -152,7 +159,7 @@ def _container(content: str) -> dict:
     return OmegaConf.to_container(OmegaConf.create(content))  # type: ignore[return-value]
 
 
-def _open(directory: RunDirectory, source: "Source", system: "System", trainer: "Trainer") -> None:
+def _open(directory: RunDirectory, source: "Source", system: "System", trainer: "Trainer", command: str) -> None:
     from diffussm.commands.summary import summarize
 
     config = system.config
@@ -162,8 +169,8 @@ def _open(directory: RunDirectory, source: "Source", system: "System", trainer: 
         note(f"configuration changed: {line}")
     before = directory.read_status() or {}
     restarts = 0 if before.get("state", "imported") == "imported" else before.get("restarts", 0) + 1
-    total = config.trainer.total_images
-    directory.write_status("running", restarts=restarts, total_images=total, limit_seconds=START_LIMIT_SECONDS)
+    facts = {"total_images": config.trainer.total_images, "command": command}
+    directory.write_status("running", restarts=restarts, limit_seconds=START_LIMIT_SECONDS, **facts)
     print(summarize(system, source, trainer), file=sys.stderr, flush=True)
 
 

@@ -75,7 +75,7 @@ def read_report(path: Path, now: datetime | None = None) -> RunReport:
     if not any((path / name).exists() for name in ("status.json", "config.yaml", "metrics.jsonl", "checkpoints")):
         raise RunDirectoryError(f"{path}: holds no run: give run directories, such as runs/NAME")
     status, problem = _read_status(path)
-    records, num_damaged = _read_records(path / "metrics.jsonl")
+    records, num_damaged = read_records(path / "metrics.jsonl")
     state, message = _judge(status, problem, now or datetime.now(timezone.utc))
     return RunReport(
         path=path,
@@ -139,7 +139,7 @@ def _read_status(path: Path) -> tuple[dict[str, Any], str]:
     return status, ""
 
 
-def _read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
+def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The records of metrics.jsonl, and how many lines are none; a last line may be about to be written."""
     records, num_damaged = [], 0
     with contextlib.suppress(OSError):

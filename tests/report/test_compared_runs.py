@@ -1,0 +1,167 @@
+"""Comparisons: at equal terms, of equal manner, and beside published figures only where these belong."""
+
+import pytest
+from made_runs import RESULTS, add_result, make_run, record
+
+from diffussm.report.charts import comparison_charts
+from diffussm.report.comparison import compare
+from diffussm.report.published import ROWS, SOURCE
+from diffussm.report.run_record import Costs, read_run
+
+SETTINGS = {"trainer.batch_size": 16, "model._target_": "diffussm.models.DiffuSSM", "seed": 0, "name": "x"}
+IMAGENET = {"data._target_": "diffussm.data.imagenet.ImageNet", "data.resolution": 256}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A run of so many images, logged every 16, at a speed, a cost and with settings of its own."""
+
+    def run(name, images, speed=100.0, macs=1_000_000_000, parameters=1000, settings=(), **known):
+        records = [record(i, images_per_second=speed) for i in range(16, images + 1, 16)]
+        path = make_run(tmp_path / name, records)
+        for step in range(2, images // 16 + 1, 2):
+            add_result(path, step, {**RESULTS, "FID-digits": 100.0 / step})
+        return read_run(path, name, {**SETTINGS, **dict(settings)}, costs=Costs(parameters, macs), **known)
+
+    return run
+
+
+def cells(table, column):
+    index = [c.title for c in table.columns].index(column)
+    return [getattr(row[index], "value", row[index]) for row in table.rows]
+
+
+def test_by_itself_each_run_is_read_at_its_end(make):
+    table = compare([make("a", 160), make("b", 64)]).table
+    assert cells(table, "images") == [160, 64] and cells(table, "FID-digits") == [10.0, 25.0]
+    assert cells(table, "total Gflops") == [160.0, 64.0] and cells(table, "images/s") == pytest.approx([100, 100])
+
+
+@pytest.mark.parametrize(
+    ("match", "images", "fids"),
+    [
+        ("images", [160, 160], [10.0, 10.0]),
+        ("compute", [160, 80], [10.0, 25.0]),
+        ("time", [80, 160], [25.0, 10.0]),
+    ],
+)
+def test_matched_runs_are_read_where_all_have_been(make, match, images, fids):
+    runs = [make("slow", 320, speed=50.0), make("dear", 320, macs=2_000_000_000)]
+    if match == "images":
+        runs[1] = make("short", 160, macs=2_000_000_000)
+    if match == "compute":
+        runs[0] = make("short", 160)
+    if match == "time":
+        runs[1] = make("short", 160)
+    compared = compare(runs, match)
+    assert cells(compared.table, "images") == pytest.approx(images, abs=1)
+    assert cells(compared.table, "FID-digits") == fids
+    assert cells(compared.table, "loss") == [
+        run.last("loss", seen) for run, seen in zip(runs, images, strict=True)
+    ]
+    assert "the most that all have reached" in compared.terms
+
+
+def test_what_cannot_be_matched_is_one_line(make, tmp_path):
+    unknown = read_run(make_run(tmp_path / "unknown", [record(16)]), "unknown", SETTINGS)
+    with pytest.raises(ValueError, match=r"match=compute: .*unknown: its compute is not known"):
+        compare([make("a", 32), unknown], "compute")
+    empty = read_run(make_run(tmp_path / "empty"), "empty", SETTINGS)
+    with pytest.raises(ValueError, match=r"match=time: .*empty: it has no records"):
+        compare([make("b", 32), empty], "time")
+
+
+def test_runs_with_about_as_many_parameters_are_paired(make):
+    runs = [make("a", 160), make("b", 64, parameters=1040), make("c", 64, parameters=2000)]
+    pairs = compare(runs, "parameters", tolerance=0.05).pairs
+    assert [row[:3] for row in pairs.rows] == [["a", "b", 1.04]]
+    assert cells(pairs, "FID-digits, difference") == [15.0]
+    assert "Without a partner: c." in pairs.notes
+    assert len(compare(runs, "parameters", tolerance=0.5).pairs.rows) == 3
+    assert compare(runs).pairs is None
+
+
+def test_the_manner_that_most_runs_share_is_compared(make):
+    runs = [make("a", 64), make("b", 64), make("c", 64)]
+    add_result(runs[0].path, 4, {"FID-digits": 1.0}, num_steps=500)  # newer, and alone
+    runs[0] = read_run(runs[0].path, "a", SETTINGS)
+    table = compare(runs).table
+    assert cells(table, "FID-digits") == [25.0, 25.0, 25.0] and len(table.notes) == 1
+    alone = compare([runs[0], read_run(make_run(runs[0].path.parent / "none"), "none", SETTINGS)]).table
+    assert cells(alone, "FID-digits") == [1.0, None]
+
+
+def test_of_manners_that_no_runs_share_a_run_is_read_in_its_own(make):
+    settings = {
+        "sampler._target_": "diffussm.diffusion.samplers.ddim",
+        "sampler.num_steps": 25,
+        "guidance.scale": 1.25,
+    }
+    run = make("a", 64, settings=settings)
+    add_result(run.path, 4, {"FID-digits": 1.0}, num_steps=500)
+    run = read_run(run.path, "a", {**SETTINGS, **settings})
+    other = make("b", 0)
+    assert cells(compare([run, other]).table, "FID-digits") == [25.0, None]
+    (_, several), (_, single) = comparison_charts([run, other]), comparison_charts([run])
+    assert [line.name for line in several.lines] == ["a"] and several.lines[0].y == [50.0, 25.0]
+    assert len(single.lines) == 2
+
+
+def test_only_settings_that_differ_are_listed(make):
+    runs = [make("a", 32), make("b", 32, settings={"seed": 1, "name": "y", "model.init": None})]
+    table = compare(runs).differences
+    assert table.rows == [["seed", "0", "1"], ["model.init", "absent", "null"]]
+
+
+def test_losses_of_different_objectives_are_not_to_be_compared(make):
+    runs = [make("a", 32), make("b", 32, settings={"objective.prediction": "v"})]
+    assert any("losses cannot be compared" in note for note in compare(runs).table.notes)
+
+
+def test_published_figures_stand_beside_imagenet_at_their_size_and_nothing_else(make):
+    shape = {"image_shape": (3, 256, 256)}
+    imagenet = [make("a", 32, settings=IMAGENET, **shape), make("b", 32, settings=IMAGENET, **shape)]
+    table = compare(imagenet).table
+    assert cells(table, "run")[2:] == [row.name for row in ROWS if row.pixels == 256]
+    assert cells(table, "FID")[2:] == [row.fid for row in ROWS if row.pixels == 256]
+    assert set(cells(table, "measured")[2:]) == {SOURCE}
+    assert cells(table, "FID")[:2] == [None, None] and cells(table, "FID-digits")[2] is None
+    for others in (
+        [make("c", 32), make("d", 32)],
+        [imagenet[0], make("e", 32)],
+        [make("f", 32, settings=IMAGENET, image_shape=(3, 128, 128))],
+        [
+            make(
+                "g",
+                32,
+                settings={"data._target_": "diffussm.data.latents.LatentSet", "data.path": "lsun"},
+                **shape,
+            )
+        ],
+    ):
+        assert len(compare(others).table.rows) == len(others)
+    assert len(compare(imagenet, "compute").table.rows) == 2  # they are not at these terms
+    latents = {"data._target_": "diffussm.data.latents.LatentSet", "data.path": "latents/imagenet512"}
+    wide = make("h", 32, settings=latents, image_shape=(3, 512, 512))
+    assert cells(compare([wide]).table, "run")[1:] == ["DiT-XL/2-G", "DiffuSSM-XL-G"]
+
+
+def test_published_totals_are_images_times_published_cost():
+    for row in ROWS:
+        if row.name.startswith("DiT-XL/2"):
+            macs = {256: 118.64, 512: 524.6}[row.pixels]
+            assert row.gflops == pytest.approx(row.images * macs, rel=0.01)
+
+
+def test_fid_is_drawn_over_images_with_the_published_curves_on_imagenet_only(make, tmp_path):
+    shape = {"image_shape": (3, 256, 256)}
+    path = make_run(tmp_path / "imagenet", [record(16)])
+    add_result(path, 1, {"FID": 20.0})
+    run = read_run(path, "imagenet", {**SETTINGS, **IMAGENET}, **shape)
+    _, fid = comparison_charts([run])
+    assert fid.title == "FID" and [line.name for line in fid.lines][1:] == [
+        "DiffuSSM-S (paper)", "DiffuSSM-L (paper)", "DiffuSSM-XL (paper)",
+    ]  # fmt: skip
+    assert fid.lines[3].x == {"images": [12_800_000, 25_600_000, 51_200_000, 76_800_000, 102_400_000]}
+    (_, digits) = comparison_charts([make("a", 64)])
+    assert [line.name for line in digits.lines] == ["a"] and digits.title == "FID-digits"
