@@ -19,6 +19,7 @@ from diffussm.commands.from_checkpoint import (
     read_history,
     run_path,
 )
+from diffussm.commands.gate import Gate, measured_names
 from diffussm.config import SAMPLE_METRICS
 from diffussm.data.images import ImageSource
 from diffussm.data.loader import is_latent_set
@@ -33,7 +34,8 @@ from diffussm.training.logging import Progress
 def run(options: argparse.Namespace) -> int:
     """Measure, unless it was measured already; print the table either way.
 
-    results.json is the latest measurement, results.jsonl beside it keeps every one.
+    results.json is the latest measurement, results.jsonl beside it keeps every one. What `gate.` asks for is
+    judged every time.
     """
     keep_freed_memory()
     checkpoint, trained, config = open_checkpoint(options)
@@ -65,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
         source = _images(config, trained, system, of_images)
         num_images = min(config.likelihood_images or len(source), len(source))
         request["data"] = {**source.fingerprint, "measured": num_images}
+    gate = Gate(config.gate, request, measured_names(evaluation, wanted))
     history = out.with_suffix(".jsonl")
     results = _find(out, history, request)
     if results is None:
@@ -94,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
         write_json(out, results)
     print(table(_rows(results, config)))
     print(f"results      {out}")
-    return 0
+    return gate.conclude(results)
 
 
 def _refuse_unavailable(evaluation: Evaluation, metrics: Sequence[str]) -> None:
