@@ -135,8 +135,8 @@ DESCRIPTIONS = {
           gate.fid_max=6 gate.recall_min=0.7
                                         limits: _max of fid, fid_inf, sfid, kid, vlb, inversion, _min of the others
           gate.relative_to=FILE.json    no metric may be worse than the mean of this baseline ...
-          gate.deviations=6             ... by more standard deviations of its results, or
-          gate.fid_tolerance=0.5        ... (of any metric) by more than that
+          gate.deviations=6             ... by more than so many standard deviations of its results
+          gate.fid_tolerance=0.5        ... and (for any metric) by more than this
           gate.add_to=FILE.json         add this result to a baseline, which begins with the first; about five runs
                                         that differ in seed, or one run's samples at five sampling.seed
           gate.junit=FILE gate.summary=FILE

@@ -152,14 +152,14 @@ GATED = {
 @dataclass
 class _GateConfig:
     relative_to: str | None = free(None)  # a baseline, than whose mean no metric may be worse ...
-    deviations: float = free(6.0)  # ... by more than so many standard deviations of its results
+    deviations: float = free(6.0)  # ... by more than so many standard deviations of its results or its tolerance
     add_to: str | None = free(None)  # the baseline that this result is added to, made if it is not there
     junit: str | None = free(None)  # a JUnit file of the verdicts, replaced
     summary: str | None = free(None)  # a Markdown file that the verdicts are appended to
 
 
 # `diffussm evaluate` ends with exit code 1 if a metric is beyond its limit (fid_max, is_min, ...), or worse than
-# the baseline by more than its tolerance (fid_tolerance, ..., in the place of the deviations).
+# the baseline's mean by more than its deviations and its tolerance (fid_tolerance, ...) allow.
 GateConfig = dataclasses.make_dataclass(
     "GateConfig",
     [

@@ -80,7 +80,7 @@ class Gate:
             raise ConfigError(f"gate.relative_to={path}: has none of {', '.join(measured)}: add to metrics")
         for title, spread in spreads.items():
             name = name_of(title)
-            if spread.std is None and self.rules[name].tolerance is None:
+            if spread.std is None and not self.rules[name].tolerance:
                 raise ConfigError(
                     f"gate.relative_to={path}: one result has no spread: add others to it (gate.add_to), or set "
                     f"gate.{name}_tolerance"

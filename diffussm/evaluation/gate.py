@@ -14,7 +14,7 @@ class Rule:
     Attributes:
         side: "max" if more is worse, "min" if less is.
         limit: what it may not pass; None: no absolute limit.
-        tolerance: how much worse than a baseline's mean it may be; None: by the baseline's deviations.
+        tolerance: how much worse than a baseline's mean it may be, whatever the baseline's deviations allow.
     """
 
     side: str
@@ -78,11 +78,12 @@ def judge(
     baseline: Mapping[str, Spread] | None = None,
     deviations: float = 6.0,
 ) -> list[Verdict]:
-    """A verdict for every absolute limit, then one for every metric of the baseline that has a rule.
+    """A verdict for every absolute limit, then one for every metric of the baseline.
 
-    A metric may be worse than the baseline's mean by `deviations` of its standard deviations. These are estimates:
-    of five results, a sixth of the same kind is 3 of them worse one time in 38, and 6 one time in 370, if their
-    distribution is normal (Student's t with 4 degrees of freedom at 6 / sqrt(1 + 1/5)).
+    A metric may be worse than the baseline's mean by `deviations` of its standard deviations, or by its tolerance
+    if that is more. Deviations of few results are rough estimates: a sixth result like five others is 3 of them
+    worse one time in 38, and 6 one time in 370, if all are normal (Student's t with 4 degrees of freedom at
+    6 / sqrt(1 + 1/5)). A tolerance keeps results that happen to be alike from being a narrow gate.
 
     Args:
         metrics: values by title, such as FID-digits; what has no rule is left alone.
@@ -97,12 +98,11 @@ def judge(
             verdicts.append(Verdict(title, metrics.get(title), rule.side, rule.limit, because))
     for title, spread in (baseline or {}).items():
         rule = rules[name_of(title)]
-        allowed, because = rule.tolerance, f"baseline {spread}, tolerance {rule.tolerance}"
-        if allowed is None:
-            assert spread.std is not None, f"{title} has no spread"
-            allowed, because = deviations * spread.std, f"baseline {spread}, {deviations:g} deviations"
+        by_spread, by_rule = deviations * (spread.std or 0.0), rule.tolerance or 0.0
+        allowed = max(by_spread, by_rule)
+        because = f"tolerance {by_rule:g}" if by_rule > by_spread else f"{deviations:g} deviations"
         limit = spread.mean + (allowed if rule.side == "max" else -allowed)
-        verdicts.append(Verdict(title, metrics.get(title), rule.side, limit, because))
+        verdicts.append(Verdict(title, metrics.get(title), rule.side, limit, f"baseline {spread}, {because}"))
     return verdicts
 
 

@@ -37,12 +37,14 @@ def test_a_metric_may_be_worse_than_the_baseline_by_its_deviations_and_better_by
         assert found == {"FID-digits": expected, "recall": expected}
 
 
-def test_a_tolerance_takes_the_place_of_the_deviations_of_its_metric_alone():
+def test_a_metric_may_be_worse_by_the_larger_of_deviations_and_tolerance():
+    rules = {**RULES, "fid": Rule("max", tolerance=0.5), "recall": Rule("min", tolerance=0.25)}
     baseline = {"FID": Spread.of([6.0]), "recall": Spread.of([0.7, 0.8, 0.9])}
-    rules = {**RULES, "fid": Rule("max", tolerance=0.5)}
-    for fid, expected in ((6.5, True), (6.51, False)):
-        found = passed({"FID": fid, "recall": 0.55}, rules, baseline=baseline, deviations=3.0)
-        assert found == {"FID": expected, "recall": True}
+    for fid, recall, deviations, expected in (
+        (6.49, 0.56, 0.0, True), (6.51, 0.54, 0.0, False), (6.49, 0.56, 2.0, True), (6.51, 0.51, 3.0, None),
+    ):  # fmt: skip
+        found = passed({"FID": fid, "recall": recall}, rules, baseline=baseline, deviations=deviations)
+        assert found == {"FID": bool(expected), "recall": expected is not False}
 
 
 def test_an_absolute_and_a_relative_limit_are_two_verdicts():
