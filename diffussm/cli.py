@@ -150,7 +150,19 @@ DESCRIPTIONS = {
                                         of the run's data
           autoencoder.pretrained=DIR    where the run's autoencoder is now
           out=FILE                      default: results.json of the run
-          trust_checkpoint=true         build what a checkpoint names from outside diffussm""",
+          trust_checkpoint=true         build what a checkpoint names from outside diffussm
+
+        As a gate, with exit code 1 if a limit is broken and 0 if none is:
+
+          gate.fid_max=6 gate.recall_min=0.7
+                                        limits: _max of fid, fid_inf, sfid, kid, vlb, inversion, _min of the others
+          gate.relative_to=FILE.json    no metric may be worse than the mean of this baseline ...
+          gate.deviations=6             ... by more than so many standard deviations of its results
+          gate.fid_tolerance=0.5        ... and (for any metric) by more than this
+          gate.add_to=FILE.json         add this result to a baseline, which begins with the first; about five runs
+                                        that differ in seed, or one run's samples at five sampling.seed
+          gate.junit=FILE gate.summary=FILE
+                                        the verdicts as JUnit's XML; in Markdown, at the end of a file""",
     "stats": """\
         Take the reference statistics and images of a data set, as evaluations compare samples with, and write them
         in the npz layout of ADM: mu, sigma, mu_s, sigma_s of all images, arr_0 of some.

@@ -147,6 +147,34 @@ class SampleConfig:
     sampling: SamplingConfig = free(SamplingConfig)
 
 
+# On which side of its limit a metric must stay; fid_inf is there under evaluation.extrapolate.
+GATED = {
+    "fid": "max", "fid_inf": "max", "sfid": "max", "is": "min", "precision": "min", "recall": "min", "kid": "max",
+    "density": "min", "coverage": "min", "class_agreement": "min", "vlb": "max", "inversion": "max",
+}  # fmt: skip
+
+
+@dataclass
+class _GateConfig:
+    relative_to: str | None = free(None)  # a baseline, than whose mean no metric may be worse ...
+    deviations: float = free(6.0)  # ... by more than so many standard deviations of its results or its tolerance
+    add_to: str | None = free(None)  # the baseline that this result is added to, made if it is not there
+    junit: str | None = free(None)  # a JUnit file of the verdicts, replaced
+    summary: str | None = free(None)  # a Markdown file that the verdicts are appended to
+
+
+# `diffussm evaluate` ends with exit code 1 if a metric is beyond its limit (fid_max, is_min, ...), or worse than
+# the baseline's mean by more than its deviations and its tolerance (fid_tolerance, ...) allow.
+GateConfig = dataclasses.make_dataclass(
+    "GateConfig",
+    [
+        *((f"{name}_{side}", Union[float, None], free(None)) for name, side in GATED.items()),  # noqa: UP007
+        *((f"{name}_tolerance", Union[float, None], free(None)) for name in GATED),  # noqa: UP007
+    ],
+    bases=(_GateConfig,),
+)
+
+
 @dataclass
 class EvaluateConfig:
     """`diffussm evaluate`."""
@@ -169,6 +197,7 @@ class EvaluateConfig:
     sampling: SamplingConfig = free(SamplingConfig)
     evaluation: Any = free()
     data: Any = free()  # of vlb and inversion
+    gate: Any = free(GateConfig)
 
 
 @dataclass
@@ -396,6 +425,8 @@ def validate(config: DictConfig) -> None:
             )
     if "metrics" in config:
         _validate_metrics(config)
+    if "gate" in config:
+        _validate_gate(config)
     if config.get("sampler") and "_target_" not in config.sampler:
         config.sampler = {}  # sampler=none: what an experiment sets for its own sampler means nothing
     if config.get("autoencoder") and config.get("sampler") and config.sampler.get("clip_x_0") is True:
@@ -418,6 +449,25 @@ def _validate_metrics(config: DictConfig) -> None:
     _require(config, "metrics", config.metrics != [], "choose at least one, or null for those of the evaluation")
     count = config.likelihood_images
     _require(config, "likelihood_images", count is None or count >= 1, "must be at least 1, or null for all")
+
+
+def _validate_gate(config: DictConfig) -> None:
+    gate = config.gate
+    for key in ("deviations", *(f"{name}_tolerance" for name in GATED)):
+        _require(config, f"gate.{key}", gate[key] is None or gate[key] >= 0, "must be at least 0")
+    is_relative = gate.relative_to is not None
+    for name in GATED:
+        unused = gate[f"{name}_tolerance"] is not None and not is_relative
+        _require(config, f"gate.{name}_tolerance", not unused, "worse than what? set gate.relative_to too")
+    judges = is_relative or any(gate[f"{name}_{side}"] is not None for name, side in GATED.items())
+    for key in ("junit", "summary"):
+        remedy = "nothing is judged: set a limit such as gate.fid_max, or gate.relative_to"
+        _require(config, f"gate.{key}", gate[key] is None or judges, remedy)
+    if gate.add_to is not None:
+        _require(config, "gate.add_to", gate.add_to.endswith(".json"), "must end in .json")
+        _require(
+            config, "gate.add_to", not judges, "a result is judged or added to a baseline: set one of the two"
+        )
 
 
 def _validate_bench(config: DictConfig) -> None:

@@ -2,7 +2,7 @@
 
 from diffussm.build.checks import check_latents, describe_fingerprint, recorded_autoencoder
 from diffussm.build.costs import autoencoder_macs, complexity_of, training_flops_of
-from diffussm.build.evaluating import PACKAGE_PREFIX, build_evaluation, build_extractor
+from diffussm.build.evaluating import PACKAGE_PREFIX, build_evaluation, build_extractor, shipped_path
 from diffussm.build.instantiation import check_signature, construct, refuse_foreign_code
 from diffussm.build.system import System, build_source, create_model
 from diffussm.build.training import MAX_GRID_ROWS, build_trainer
@@ -30,5 +30,6 @@ __all__ = [
     "read_weights",
     "recorded_autoencoder",
     "refuse_foreign_code",
+    "shipped_path",
     "training_flops_of",
 ]

@@ -20,13 +20,18 @@ def build_evaluation(
     if not config.evaluation:
         return None
     node = config.evaluation.copy()
-    if str(node.reference).startswith(PACKAGE_PREFIX):
-        inside = str(node.reference).removeprefix(PACKAGE_PREFIX)
-        node.reference = str(Path(__file__).resolve().parents[1] / inside)
+    node.reference = str(shipped_path(str(node.reference)))
     evaluation: Evaluation = construct(node, "evaluation")
     _check_extractor(evaluation.extractor, image_shape, "another evaluation, or evaluation=none")
     evaluation.reference.refuse_images(image_shape, preprocessing)
     return evaluation
+
+
+def shipped_path(text: str) -> Path:
+    """A path as it stands, or, after `diffussm:`, inside the installed package."""
+    if text.startswith(PACKAGE_PREFIX):
+        return Path(__file__).resolve().parents[1] / text.removeprefix(PACKAGE_PREFIX)
+    return Path(text)
 
 
 def build_extractor(evaluation: DictConfig, image_shape: Sequence[int]) -> FeatureExtractor:

@@ -26,7 +26,8 @@ SUBJECTS = ("checkpoint", "checkpoints", "samples")
 def run(options: argparse.Namespace) -> int:
     """Measure, unless it was measured already; print the table either way.
 
-    results.json is the latest measurement, results.jsonl beside it keeps every one.
+    results.json is the latest measurement, results.jsonl beside it keeps every one. What `gate.` asks for is
+    judged every time.
     """
     keep_freed_memory()
     if options.print_config:
@@ -50,7 +51,7 @@ def _evaluate(options: argparse.Namespace, job: Job) -> int:
     if subject == "checkpoints":
         _draw_curves(answers)
     print(f"results      {answers[-1].out}")
-    return 0
+    return max([answer.gate.conclude(answer.results) for answer in answers])
 
 
 def _print_config(options: argparse.Namespace) -> int:

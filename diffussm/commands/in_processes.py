@@ -18,6 +18,8 @@ from diffussm.runtime.work_list import Tell, WorkList
 from diffussm.training.logging import Progress
 
 MAX_RESTARTS = 3  # when a process is lost
+FAILED = 1  # what a command found did not pass
+FAILED_TOGETHER = 79  # the same, of one of several: to the launcher, an exit code of 1 is a process that was lost
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def in_processes(options: argparse.Namespace, command: Callable[[Job], int]) -> 
         again = [sys.executable, "-m", "diffussm", options.verb, *options.overrides]
         if options.config_dir:
             again += ["--config-dir", str(options.config_dir)]
-        return launch(again, count, MAX_RESTARTS)
+        code = launch(again, count, MAX_RESTARTS)
+        return FAILED if code == FAILED_TOGETHER else code
     processes = Processes.from_environment()
     try:
         device = choose_device(str(override_value(options.overrides, "device") or "auto"))
@@ -67,4 +70,5 @@ def in_processes(options: argparse.Namespace, command: Callable[[Job], int]) -> 
         raise processes.told_by_first(error) from error
     device = processes.own_device(device)
     with StopRequest() as stop, processes.start(device):
-        return command(Job(processes, device, lambda: stop))
+        code = command(Job(processes, device, lambda: stop))
+    return FAILED_TOGETHER if code == FAILED and processes.world_size > 1 else code

@@ -19,6 +19,7 @@ from diffussm.commands.from_checkpoint import (
     read_history,
     run_path,
 )
+from diffussm.commands.gate import Gate, measured_names
 from diffussm.commands.in_processes import Job
 from diffussm.commands.stored_reference import use_stored_reference
 from diffussm.compose import compose
@@ -50,6 +51,7 @@ class Answer:
     results: Mapping[str, Any]
     out: Path
     title: str
+    gate: Gate
     run: Path | None = None
     images: int = 0
 
@@ -74,22 +76,24 @@ def measure_samples(options: argparse.Namespace, job: Job) -> Answer:
     sha256 = processes.on_first(lambda: samples.sha256)
     use_stored_reference(config, samples.image_shape, out, job)
 
-    def build() -> tuple[Evaluation, dict[str, Any]]:
+    def build() -> tuple[Evaluation, dict[str, Any], Gate]:
         evaluation = build_evaluation(config, samples.image_shape)
         assert evaluation is not None
         _refuse_unavailable(evaluation, config.metrics or ())
         settings = OmegaConf.to_container(OmegaConf.masked_copy(config, ["metrics", "evaluation"]), resolve=True)
         facts = {"path": str(samples.path), "sha256": sha256, "num_images": len(samples)}
-        return evaluation, {"samples": facts, **settings, **evaluation.record(), "pixels": "as stored"}  # type: ignore[dict-item]
+        request = {"samples": facts, **settings, **evaluation.record(), "pixels": "as stored"}  # type: ignore[dict-item]
+        names = measured_names(evaluation, config.metrics or SAMPLE_METRICS)
+        return evaluation, request, Gate(config.gate, request, names)
 
-    evaluation, request = processes.on_all(build)
+    evaluation, request, gate = processes.on_all(build)
     results = processes.on_first(lambda: _find(out, request))
     if results is None:
         stream = StoredStream(samples, config.sampling.batch_size)
         metrics = _measure(evaluation, stream, config, request, out, job, config.metrics or SAMPLE_METRICS)
         results = {"request": request, **metrics}
         processes.on_first(lambda: _store(results, out))
-    return Answer(results, out, str(config.samples))
+    return Answer(results, out, str(config.samples), gate)
 
 
 def measure_checkpoint(options: argparse.Namespace, job: Job) -> Answer:
@@ -138,6 +142,7 @@ def measure_checkpoint(options: argparse.Namespace, job: Job) -> Answer:
         return system, evaluation, generator, request, source, measures
 
     system, evaluation, generator, request, source, measures = processes.on_all(build)
+    gate = processes.on_all(lambda: Gate(config.gate, request, measured_names(evaluation, wanted)))
     results = processes.on_first(lambda: _find(out, request))
     if results is None:
         load = lambda: load_weights(checkpoint, system.model, config.sampling.weights)  # noqa: E731
@@ -152,7 +157,7 @@ def measure_checkpoint(options: argparse.Namespace, job: Job) -> Answer:
             )
         processes.on_first(lambda: _store(results, out))
     drawn = f", {_describe(config)}" if of_samples else ""
-    return Answer(results, out, f"{results['weights']}{drawn}", run_path(checkpoint), train_state["images"])
+    return Answer(results, out, f"{results['weights']}{drawn}", gate, run_path(checkpoint), train_state["images"])
 
 
 def _of_samples(config: DictConfig) -> list[str]:

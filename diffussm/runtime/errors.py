@@ -1,6 +1,7 @@
 """What can end a command, and the exit code that tells a scheduler about it.
 
-    0 done    2 config    65 data    70 diverged    71 out of memory    73 run directory    74 I/O    75 preempted
+    0 done    1 gate failed    2 config    65 data    70 diverged    71 out of memory    73 run directory    74 I/O
+    75 preempted
 
 Each error's message is one line for a person: what is wrong, where, and what to change.
 """

@@ -1,0 +1,39 @@
+"""Verdicts for other programs: a JUnit file, as continuous integration reads it, and a summary in Markdown."""
+
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffussm.evaluation.gate import Verdict
+
+SUITE = "diffussm.gate"
+
+
+def junit(verdicts: Sequence["Verdict"], facts: Mapping[str, str]) -> bytes:
+    """A test suite with a case for each verdict; the facts are its properties."""
+    failures = str(sum(not verdict.passed for verdict in verdicts))
+    counts = {"tests": str(len(verdicts)), "failures": failures, "errors": "0"}
+    root = ET.Element("testsuites", counts)
+    suite = ET.SubElement(root, "testsuite", {"name": SUITE, **counts, "skipped": "0"})
+    properties = ET.SubElement(suite, "properties")
+    for name, value in facts.items():
+        ET.SubElement(properties, "property", {"name": name, "value": value})
+    for verdict in verdicts:
+        name = f"{verdict.metric} {verdict.bound} ({verdict.because})"
+        case = ET.SubElement(suite, "testcase", {"classname": SUITE, "name": name})
+        if not verdict.passed:
+            ET.SubElement(case, "failure", {"message": f"{verdict.metric} {verdict.found}: {verdict.bound}"})
+    ET.indent(root)
+    return ET.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n"
+
+
+def markdown(verdicts: Sequence["Verdict"], facts: Mapping[str, str]) -> str:
+    """A heading that says how it ended, the verdicts as a table, the facts as a list."""
+    failed = sum(not verdict.passed for verdict in verdicts)
+    title = f"{failed} of {len(verdicts)} limits broken" if failed else f"all {len(verdicts)} limits held"
+    header = ("", "metric", "found", "limit", "where it comes from")
+    rows = [("ok" if v.passed else "**FAIL**", v.metric, v.found, v.bound, v.because) for v in verdicts]
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
+    listed = [f"- {name}: {value}" for name, value in facts.items()]
+    return "\n".join([f"### Gate: {title}", "", *lines, "", *listed, ""]) + "\n"
