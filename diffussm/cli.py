@@ -132,6 +132,7 @@ DESCRIPTIONS = {
           evaluation.intervals=true     also 95% confidence intervals
           metrics=[vlb]                 the exact variational bound on real images, in bits per dimension, the
                                         predicted x_0 clipped to the range of pixels
+          metrics=[loss]                the training objective on real images, at evenly spaced timesteps
           metrics=[inversion]           how far DDIM, run backwards and forwards without clipping, ends from
                                         images (rms of x_0)
           data.split=held_out likelihood_images=100

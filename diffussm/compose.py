@@ -99,12 +99,12 @@ def expand(
             continue
         key = parsed.get_key_element()
         try:
-            values = list(parsed.sweep_string_iterator())
+            values: list[str] = list(parsed.sweep_string_iterator())
         except HydraException as error:
             remedy = "write the values, as in key=1,2,4 or key=range(3)"
             raise ConfigError(f"{line}: is no list of choices: {remedy}") from error
         chosen_keys.append(key)
-        options.append([f"{key}={value!s}" for value in values])
+        options.append(["=".join((key, value)) for value in values])
     if not chosen_keys:
         raise ConfigError("-m: there is nothing to choose from: write key=1,2,4 or sweep=NAME, or leave out -m")
     jobs = []
@@ -121,7 +121,7 @@ def _read_sweep(name: str, config_dir: Path | None) -> dict[str, str]:
         if (directory / f"{name}.yaml").is_file():
             content = OmegaConf.to_container(OmegaConf.load(directory / f"{name}.yaml"))
             assert isinstance(content, dict)
-            return {str(key): f"{key}={value}" for key, value in content.items()}
+            return {str(key): f"{key!s}={value}" for key, value in content.items()}
     options = sorted({path.stem for directory in directories for path in directory.glob("*.yaml")})
     raise ConfigError(f"sweep={name}: choose {', '.join(options)}{schema.nearest(name, options)}")
 

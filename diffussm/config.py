@@ -151,13 +151,13 @@ class EvaluateConfig:
     out: str | None = free(None)  # null: results.json in the run directory
     device: str = free("auto")
     metrics: list[str] | None = free(None)  # of METRICS; null: all that need samples only
-    likelihood_images: int | None = free(None)  # how many images vlb and inversion see; null: all
+    likelihood_images: int | None = free(None)  # how many images vlb, inversion and loss see; null: all
     autoencoder: Any = free()
     sampler: Any = free()
     guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
     evaluation: Any = free()
-    data: Any = free()  # of vlb and inversion
+    data: Any = free()  # of vlb, inversion and loss
 
 
 @dataclass
@@ -248,7 +248,7 @@ class BenchConfig:
 
 WEIGHTS = "ema, ema_<decay>, ema_power_<sigma_rel>, posthoc_<sigma_rel> or model"
 SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "density", "coverage", "class_agreement")
-METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
+METRICS = (*SAMPLE_METRICS, "vlb", "inversion", "loss")
 BENCH_SUITES = (
     "layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data", "trainer", "evaluation",
 )  # fmt: skip

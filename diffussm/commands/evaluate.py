@@ -54,7 +54,10 @@ def run(options: argparse.Namespace) -> int:
             raise ConfigError("metrics=[class_agreement]: evaluation.class_agreement=false leaves it out")
         _refuse_unavailable(evaluation, config.metrics or ())
     system = build_system(checkpoint, trained, config.device)
-    decisive = [*(["evaluation"] if of_samples else []), *([] if wanted == ["vlb"] else ["sampler", "guidance"])]
+    decisive = [
+        *(["evaluation"] if of_samples else []),
+        *(["sampler", "guidance"] if {*wanted} - {"vlb", "loss"} else []),
+    ]
     request = make_request(checkpoint, config, ("metrics", *decisive))
     if evaluation is not None:
         request |= evaluation.record()
