@@ -13,12 +13,12 @@ use_environment digits,photographs,sweep
 export OMP_NUM_THREADS=1
 two=(hydra/launcher=joblib hydra.launcher.n_jobs=2)
 
-ablate() {  # NAME, what its training needs, DiT's size at equal compute (complexity: MACs and those of the SSM)
-    local name=$1 data=$2 dit=$3 chosen sweep=runs/$1_ablation
+ablate() {  # NAME, and the size of the DiT that computes as much: operations of dense layers, attention and SSM
+    local name=$1 dit=$2 chosen
     for chosen in sweep=hourglass "sweep=direction model.bidirectional=choice(false)" \
         "model=choice(dit_tiny) model.patch_size=2 $dit seed=0,1,2"; do
         # shellcheck disable=SC2086
-        "$diffussm" train -m "experiment=$name" $data "name=${name}_ablation" $chosen "${two[@]}"
+        "$diffussm" train -m "experiment=$name" "name=${name}_ablation" $chosen "${two[@]}"
     done
 }
 
@@ -32,12 +32,12 @@ measure() {  # NAME, what to measure: all its runs, each in its own results.json
 if [ "${1:-digits16}" = digits16 ]; then
     reference=runs/digits16_reference.npz
     [ -e $reference ] || "$diffussm" stats data=digits16 evaluation=digits16 to=$reference
-    ablate digits16 "" "model.hidden_size=56 model.input_size=16"
+    ablate digits16 "model.hidden_size=56 model.input_size=16"
     measure digits16 evaluation=digits16 evaluation.reference=$reference evaluation.num_samples=500 \
         data.split=held_out "metrics=[fid,class_agreement,loss]"
 fi
 if [ "${1:-photographs}" = photographs ]; then
     [ -d runs/photographs/held_out ] || "$python" scripts/photograph_crops.py runs/photographs
-    ablate photographs data.path=runs/photographs/train "model.hidden_size=48 model.input_size=32"
+    ablate photographs "model.hidden_size=48 model.input_size=32"
     measure photographs data.path=runs/photographs/held_out "metrics=[loss]"
 fi

@@ -82,6 +82,7 @@ ALLOWED_WITHIN = {
     "runtime": {
         "errors": set(), "allocator": set(), "hashing": set(), "seeding": set(), "signals": set(),
         "run_dir": {"errors"},
+        "jobs": {"errors", "signals"},
         "launch": {"errors"}, "distributed": {"errors", "launch"}, "environment": set(),
         "run_status": {"errors", "run_dir"},
         "__init__": set(),

@@ -111,12 +111,12 @@ def _plan_training(
     def composed(overrides: Sequence[str]) -> DictConfig:
         return compose("train", overrides, options.config_dir)
 
-    configs = [composed(overrides) for _, overrides in choices]
-    root, title = configs[0].run_dir, configs[0].name
-    if not any(override.startswith(("name=", "run_dir=")) for override in choices[0][1]):
-        is_one = len({config.name for config in configs}) == 1
-        title = "_".join([*([title] if is_one else []), sweep or "sweep"])
-        root = composed([*choices[0][1], f"name={title}"]).run_dir
+    chosen, overrides = choices[0]
+    first = composed(overrides)
+    root, title = first.run_dir, first.name
+    if not any(override.startswith(("name=", "run_dir=")) for override in overrides):
+        title = "_".join([*([] if "experiment" in chosen else [title]), sweep or "sweep"])
+        root = composed([*overrides, f"name={title}"]).run_dir
     if (Path(root) / "config.yaml").exists():
         raise RunDirectoryError(f"run_dir={root}: holds a run of its own: choose another name for the sweep")
     jobs = []
@@ -162,16 +162,21 @@ def _names(choices: Sequence[Mapping[str, str]], longest: int = LONGEST_NAME) ->
     ends = Counter(key.rpartition(".")[2] for key in choices[0])
     names, meanings = [], []
     for chosen in choices:
-        parts = [
-            f"{end if ends[end := key.rpartition('.')[2]] == 1 else key}-{value}" for key, value in chosen.items()
-        ]
-        names.append("__".join(re.sub(r"[^\w.\-]+", "-", part).strip("-") for part in parts))
+        parts = []
+        for key, value in chosen.items():
+            end = key.rpartition(".")[2]
+            parts.append(f"{_plain(end if ends[end] == 1 else key)}-{_plain(value)}")
+        names.append("__".join(parts))
         meanings.append(json.dumps(dict(chosen), sort_keys=True))
     bearers = Counter(name for name, _ in set(zip(names, meanings, strict=True)))
     for index, (name, meaning) in enumerate(zip(names, meanings, strict=True)):
         if bearers[name] > 1 or len(name) > longest:
             names[index] = f"{name[: longest - 9]}-{hashlib.sha256(meaning.encode()).hexdigest()[:8]}"
     return names
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w.\-]+", "-", text).strip("-")
 
 
 def _record(path: Path, choices: Mapping[str, Mapping[str, str]]) -> None:
