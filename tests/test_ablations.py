@@ -1,4 +1,4 @@
-"""The ablations' parts: enlarged digits and their evaluator, the held-out loss, crops, and the table over seeds."""
+"""The parts of the ablations: enlarged digits, their evaluator, the held-out loss, crops, and the table."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ def test_enlarged_digits_are_the_digits():
     small, large = Digits("held_out"), Digits("held_out", resolution=16)
     assert large[0][0].shape == large.image_shape == (1, 16, 16) and torch.equal(small.labels, large.labels)
     means = torch.nn.functional.avg_pool2d(large.images.float(), 2)
-    assert (means - small.images).abs().mean() < 8  # of 255
+    assert (means - small.images).abs().mean() < 12  # of 255
     assert small.fingerprint != large.fingerprint and small.preprocessing != large.preprocessing
     with pytest.raises(ValueError, match="resolution=12: must be a multiple of 8"):
         Digits(resolution=12)
