@@ -1,11 +1,12 @@
 """Search for good values with Optuna: each trial is a run and its evaluation, by the commands that one types.
 
     python scripts/tune.py NAME METRIC TRIALS [key=value ...]       # needs diffussm[optuna]
-    python scripts/tune.py lr FID-digits 20 experiment=digits 'optimizer.lr=interval(1e-3,2e-2,log)' model.d_state=8,16
+    python scripts/tune.py lr FID-digits 20 experiment=digits model.d_state=8,16 'optimizer.lr=interval(1e-3,2e-2)'
 
-An interval or a list of values is searched, every other override is fixed. METRIC, of results.json, is to be small.
-Trials are kept in runs/NAME/study.log: run again, the command goes on until there are as many. (Hydra's own Optuna
-sweeper asks for Optuna 2, whose storage does not work with the SQLAlchemy of today.)
+An interval, interval(1e-3,2e-2,log) too, or a list of values is searched, every other override is fixed. METRIC,
+of results.json, is to be small. Trials are kept in runs/NAME/study.log: run again, the command goes on
+until there are as many. (Hydra's own Optuna sweeper asks for Optuna 2, whose storage does not work with the
+SQLAlchemy of today.)
 """
 
 import json
