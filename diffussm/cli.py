@@ -31,6 +31,7 @@ VERBS = {
     "schedules": "plot noise schedules and print them as a table",
     "bench": "measure speed and memory against textbook S4D, attention, DiT, diffusers and torchvision",
 }
+SWEPT = ("train", "sample", "evaluate")  # verbs that take -m
 MODULES = {"import": "import_weights", "inspect": "inspect_data"}  # where the verb is no name for a module
 PATHS = {"import": "FILE ", "compare": "RUN_DIR ... ", "report": "RUN_DIR ... "}  # what goes without a key
 
@@ -62,6 +63,16 @@ DESCRIPTIONS = {
           init_from=PATH                fine-tune: begin with the weights (init_weights=ema) of a run, a checkpoint
                                         or a file as `import` takes; what depends on the classes is made anew
           trainer.dry_run=true          check all this, say what it costs and which files are missing, and stop
+
+        With -m, train a run for every combination of choices, in runs/SWEEP/CHOICES. Run again, the same command
+        skips what is finished, continues what was interrupted, retries what failed; Ctrl-C stops in good order:
+
+          -m model=dit_tiny,diffussm_tiny seed=range(3)
+                                        choices; name=SWEEP names their directory
+          -m sweep=NAME                 the choices of configs/sweep/NAME.yaml
+          hydra/launcher=joblib hydra.launcher.n_jobs=2
+                                        two at a time, or submitit_slurm (pip install 'diffussm[sweep]')
+          trainer.num_processes=2       processes of each run
 
         The run directory is a function of the configuration, so the same command again continues where the
         newest valid checkpoint left off, bit for bit. Exit codes: 0 done, 2 configuration, 65 data,
@@ -119,7 +130,8 @@ DESCRIPTIONS = {
           trust_checkpoint=true         build what a checkpoint names from outside diffussm
 
         Image i is a function of (sampling.seed, i). Run again, the same command continues where it was stopped
-        (exit code 75) or killed, on any number of processes; no image is drawn twice.""",
+        (exit code 75) or killed, on any number of processes; no image is drawn twice. With -m, draw for every
+        combination of choices key=a,b.""",
     "evaluate": """\
         Generate images from a checkpoint and compare them with a reference, or measure the model on real images;
         prints a table, writes results.json. Run again, the same command continues where it was stopped (exit
@@ -143,6 +155,7 @@ DESCRIPTIONS = {
           evaluation.intervals=true     also 95% confidence intervals
           metrics=[vlb]                 the exact variational bound on real images, in bits per dimension, the
                                         predicted x_0 clipped to the range of pixels
+          metrics=[loss]                the training objective on real images, at evenly spaced timesteps
           metrics=[inversion]           how far DDIM, run backwards and forwards without clipping, ends from
                                         images (rms of x_0)
           data.split=held_out likelihood_images=100
@@ -155,14 +168,22 @@ DESCRIPTIONS = {
         As a gate, with exit code 1 if a limit is broken and 0 if none is:
 
           gate.fid_max=6 gate.recall_min=0.7
-                                        limits: _max of fid, fid_inf, sfid, kid, vlb, inversion, _min of the others
+                                        limits: _max of fid, fid_inf, sfid, kid, vlb, inversion, loss, _min of the
+                                        others
           gate.relative_to=FILE.json    no metric may be worse than the mean of this baseline ...
           gate.deviations=6             ... by more than so many standard deviations of its results
           gate.fid_tolerance=0.5        ... and (for any metric) by more than this
           gate.add_to=FILE.json         add this result to a baseline, which begins with the first; about five runs
                                         that differ in seed, or one run's samples at five sampling.seed
           gate.junit=FILE gate.summary=FILE
-                                        the verdicts as JUnit's XML; in Markdown, at the end of a file""",
+                                        the verdicts as JUnit's XML; in Markdown, at the end of a file
+
+        With -m, measure every combination of choices, each in evaluate/CHOICES/ of the run; of several checkpoints
+        and nothing else, each in its own results.json:
+
+          -m guidance.scale=1,1.25 sampler.num_steps=10,25
+          -m sweep=NAME                 the choices of configs/sweep/NAME.yaml
+          -m checkpoint=RUN,RUN hydra/launcher=joblib hydra.launcher.n_jobs=2""",
     "stats": """\
         Take the reference statistics and images of a data set, as evaluations compare samples with, and write them
         in the npz layout of ADM: mu, sigma, mu_s, sigma_s of all images, arr_0 of some.
@@ -307,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
     options = _parse(sys.argv[1:] if arguments is None else list(arguments))
     try:
-        module = MODULES.get(options.verb, options.verb)
+        module = "sweep" if getattr(options, "multirun", False) else MODULES.get(options.verb, options.verb)
         return importlib.import_module(f"diffussm.commands.{module}").run(options)
     except UserError as error:
         if not error.is_reported:
@@ -338,7 +359,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, summary in VERBS.items():
-        usage = f"diffussm {verb} {PATHS.get(verb, '')}[--config-dir DIR] [--print-config] [key=value ...]"
+        many = "[-m] " if verb in SWEPT else ""
+        usage = f"diffussm {verb} {PATHS.get(verb, '')}{many}[--config-dir DIR] [--print-config] [key=value ...]"
         command = verbs.add_parser(
             verb,
             help=summary,
@@ -353,6 +375,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             command.add_argument("--json", action="store_true", help="print JSON lines")
             continue
         command.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides")
+        if verb in SWEPT:
+            command.add_argument(
+                "-m", "--multirun", action="store_true", help="a job for every combination of choices key=a,b"
+            )
         command.add_argument("--config-dir", type=Path, help="a directory of your own configs/, searched too")
         command.add_argument(
             "--print-config", action="store_true", help="print the resolved configuration and do nothing"

@@ -1,8 +1,9 @@
 """From command-line overrides to one validated configuration, or one line that says what is wrong."""
 
 import contextlib
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,13 +37,10 @@ def compose(
         from_checkpoint: the configuration whose groups are the options named `from_checkpoint`.
     """
     for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"{override}: not an override: write key=value")
-        try:
-            parsed = OverridesParser.create().parse_override(override)
-        except HydraException as error:
-            raise ConfigError(f"{override}: cannot be read: {_first_line(error)}: quote it or mend it") from error
+        parsed = _parse(override)
         group = str(parsed.key_or_group)
+        if group == "sweep" or parsed.is_sweep_override():
+            raise ConfigError(f"{override}: makes several runs: add -m (train, sample, evaluate), or choose one")
         chosen = parsed.value()
         if group == "logger" and isinstance(chosen, list) and all(isinstance(name, str) for name in chosen):
             continue  # of which there may be several
@@ -77,6 +76,109 @@ def compose(
     return config
 
 
+def expand(
+    overrides: Sequence[str], config_dir: Path | None = None
+) -> tuple[str | None, list[tuple[dict[str, str], list[str]]]]:
+    """The name of sweep=NAME, if any, and every combination of choices: what is chosen, by key, and all overrides.
+
+    A choice is `key=a,b` or `key=range(3)`, on the command line or in configs/sweep/NAME.yaml, whose keys those of
+    the command line replace. ConfigError for what is none, or where there is none.
+    """
+    name: str | None = None
+    lines: dict[str, str] = {}
+    for override in overrides:
+        parsed = _parse(override)
+        if parsed.key_or_group == "sweep":
+            name = str(parsed.value())
+            lines = _read_sweep(name, config_dir) | lines
+        lines[parsed.get_key_element()] = override
+    lines.pop("sweep", None)
+    chosen_keys, options = [], []
+    for line in lines.values():
+        parsed = _parse(line)
+        if not parsed.is_sweep_override():
+            options.append([line])
+            continue
+        key = parsed.get_key_element()
+        try:
+            values: list[str] = list(parsed.sweep_string_iterator())
+        except HydraException as error:
+            remedy = "write the values, as in key=1,2,4 or key=range(3)"
+            raise ConfigError(f"{line}: is no list of choices: {remedy}") from error
+        chosen_keys.append(key)
+        options.append(["=".join((key, value)) for value in values])
+    if not chosen_keys:
+        raise ConfigError("-m: there is nothing to choose from: write key=1,2,4 or sweep=NAME, or leave out -m")
+    jobs = []
+    for combination in itertools.product(*options):
+        given = dict(line.split("=", 1) for line in combination)
+        jobs.append(({key: given[key] for key in chosen_keys}, list(combination)))
+    return name, jobs
+
+
+def _read_sweep(name: str, config_dir: Path | None) -> dict[str, str]:
+    """The overrides of configs/sweep/NAME.yaml, by key."""
+    directories = [path / "sweep" for path in (config_dir, CONFIG_DIR) if path is not None]
+    for directory in directories:
+        if (directory / f"{name}.yaml").is_file():
+            content = OmegaConf.to_container(OmegaConf.load(directory / f"{name}.yaml"))
+            assert isinstance(content, dict)
+            return {str(key): f"{key!s}={value}" for key, value in content.items()}
+    options = sorted({path.stem for directory in directories for path in directory.glob("*.yaml")})
+    raise ConfigError(f"sweep={name}: choose {', '.join(options)}{schema.nearest(name, options)}")
+
+
+def check_launcher(overrides: Sequence[str]) -> None:
+    """ConfigError where hydra/launcher=NAME hydra.launcher.KEY=VALUE name no launcher, or a key that it lacks."""
+    with _hydra():
+        try:
+            hydra_compose(overrides=list(overrides), return_hydra_config=True)
+        except MissingConfigException as error:
+            raise ConfigError(
+                f"{' '.join(overrides)}: no such launcher: choose basic, or after pip install 'diffussm[sweep]' "
+                "joblib, submitit_slurm, submitit_local"
+            ) from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(f"{' '.join(overrides)}: {_first_line(error.__cause__ or error)}") from error
+
+
+def launch_jobs(
+    task: Callable[[DictConfig], Any], count: int, scratch: Path, overrides: Sequence[str]
+) -> list[Any]:
+    """Have one of Hydra's launchers call `task` with {index: 0}, {index: 1}, ...; returns what the calls return.
+
+    Args:
+        scratch: a directory for what launchers leave behind.
+        overrides: as `check_launcher` found them to be right.
+    """
+    ConfigStore.instance().store(name="sweep_job", node={"index": 0})
+    indices = ",".join(map(str, range(count)))
+    settings = [
+        f"hydra.sweep.dir={quoted(scratch)}", "hydra.sweep.subdir=.", "hydra.output_subdir=null",
+        "hydra/job_logging=none", "hydra/hydra_logging=none", *overrides, f"index={indices}",
+    ]  # fmt: skip
+    with _hydra():
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        batches = hydra.multirun("sweep_job", task, settings)
+    return [result.return_value for batch in batches for result in batch]
+
+
+def quoted(value: object) -> str:
+    """A string that an override takes as it is, whatever is in it."""
+    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+def _parse(override: str) -> Override:
+    if "=" not in override:
+        raise ConfigError(f"{override}: not an override: write key=value")
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise ConfigError(f"{override}: cannot be read: {_first_line(error)}: quote it or mend it") from error
+
+
 def override_value(overrides: Sequence[str], key: str) -> Any:
     """What the last override of `key` sets it to, quotes resolved; None if there is none."""
     given = [override for override in overrides if override.startswith(f"{key}=")]
@@ -106,8 +208,8 @@ def group_options(group: str) -> list[str]:
 
 
 def groups() -> list[str]:
-    """All configuration groups."""
-    return sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
+    """All configuration groups; a sweep is none, but many configurations."""
+    return sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name != "sweep")
 
 
 @contextlib.contextmanager
@@ -153,5 +255,5 @@ def _known_keys(verb: str, parent: str, overrides: Sequence[str]) -> list[str]:
     return []
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", str(error).splitlines()[0])

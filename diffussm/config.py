@@ -150,7 +150,7 @@ class SampleConfig:
 # On which side of its limit a metric must stay; fid_inf is there under evaluation.extrapolate.
 GATED = {
     "fid": "max", "fid_inf": "max", "sfid": "max", "is": "min", "precision": "min", "recall": "min", "kid": "max",
-    "density": "min", "coverage": "min", "class_agreement": "min", "vlb": "max", "inversion": "max",
+    "density": "min", "coverage": "min", "class_agreement": "min", "vlb": "max", "inversion": "max", "loss": "max",
 }  # fmt: skip
 
 
@@ -190,13 +190,13 @@ class EvaluateConfig:
     range_size: int = free(256)  # images whose features are finished at once
     keep_features: bool = free(False)  # leave the features of all images on the disk
     metrics: list[str] | None = free(None)  # of METRICS; null: all that need samples only
-    likelihood_images: int | None = free(None)  # how many images vlb and inversion see; null: all
+    likelihood_images: int | None = free(None)  # how many images vlb, inversion and loss see; null: all
     autoencoder: Any = free()
     sampler: Any = free()
     guidance: Any = free()
     sampling: SamplingConfig = free(SamplingConfig)
     evaluation: Any = free()
-    data: Any = free()  # of vlb and inversion
+    data: Any = free()  # of vlb, inversion and loss
     gate: Any = free(GateConfig)
 
 
@@ -328,7 +328,8 @@ LABELS = ("cyclic", "balanced", "drawn")  # see evaluation.generate.choose_label
 FORMATS = ("png", "npz", "tar")
 WEIGHTS = "ema, ema_<decay>, ema_power_<sigma_rel>, posthoc_<sigma_rel> or model"
 SAMPLE_METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "density", "coverage", "class_agreement")
-METRICS = (*SAMPLE_METRICS, "vlb", "inversion")
+MODEL_METRICS = ("vlb", "inversion", "loss")  # of real images
+METRICS = (*SAMPLE_METRICS, *MODEL_METRICS)
 MATCHES = ("parameters", "compute", "time", "images")
 BENCH_SUITES = (
     "layer", "convolution", "block", "model", "dit", "sampling", "gemm", "xl", "data", "trainer", "evaluation",

@@ -85,6 +85,7 @@ ALLOWED_WITHIN = {
     "runtime": {
         "errors": set(), "allocator": set(), "hashing": set(), "seeding": set(), "signals": set(),
         "run_dir": {"errors"},
+        "jobs": {"errors", "signals"},
         "launch": {"errors"}, "distributed": {"errors", "launch"}, "environment": set(),
         "run_status": {"errors", "run_dir"}, "work_list": {"distributed", "errors", "run_dir"},
         "__init__": set(),

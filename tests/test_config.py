@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from diffussm import build, config
-from diffussm.compose import CONFIG_DIR, compose, group_options, groups
+from diffussm.compose import CONFIG_DIR, compose, expand, group_options, groups
 from diffussm.runtime.errors import ConfigError
 
 SCHEMAS = [config.TrainerConfig, config.SamplingConfig, *config.ROOTS.values()]
@@ -23,7 +23,7 @@ def resolved(*overrides: str) -> dict:
     [(group, option) for group in groups() if group != "experiment" for option in group_options(group)],
 )
 def test_every_option_composes_and_matches_its_constructor(group, option):
-    extra = ["data.path=somewhere"] if group == "data" and option not in ("digits", "fake") else []
+    extra = ["data.path=somewhere"] if group == "data" and option not in ("digits", "digits16", "fake") else []
     extra += ["autoencoder.pretrained=somewhere"] if (group, option) == ("autoencoder", "kl") else []
     extra += ["guidance.checkpoint=somewhere"] if group == "guidance" and option != "classifier_free" else []
     extra += (
@@ -47,6 +47,20 @@ def test_every_experiment_composes_and_its_header_names_its_command(experiment):
     header = (CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text().split("defaults:")[0]
     for promise in ("command", "hardware", "time", "result", f"experiment={experiment}"):
         assert promise in header
+
+
+@pytest.mark.parametrize("sweep", group_options("sweep"))
+def test_every_sweep_is_a_choice_that_composes(sweep):
+    verb = "evaluate" if sweep == "guidance" else "train"
+    parts = {
+        key: resolved()[key] for key in ("sampler", "guidance", "sampling", "evaluation", "data", "autoencoder")
+    }
+    base = ["checkpoint=somewhere"] if verb == "evaluate" else ["experiment=digits"]
+    name, jobs = expand([*base, f"sweep={sweep}"])
+    assert name == sweep and len(jobs) > 1
+    for chosen, overrides in jobs:
+        assert set(overrides) >= {f"{key}={value}" for key, value in chosen.items()}
+        assert compose(verb, overrides, from_checkpoint=parts)
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)

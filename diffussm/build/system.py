@@ -25,7 +25,7 @@ from diffussm.data.autoencoder import Autoencoder, IdentityAutoencoder
 from diffussm.data.images import ImageSource
 from diffussm.data.loader import LatentSource, is_latent_set
 from diffussm.diffusion.guidance import Guidance, Guided
-from diffussm.diffusion.likelihood import variational_bound
+from diffussm.diffusion.likelihood import mean_loss, variational_bound
 from diffussm.diffusion.objective import Objective
 from diffussm.diffusion.process import Prediction
 from diffussm.diffusion.samplers import Noise, Sampler, ddim, ddim_inversion
@@ -146,13 +146,20 @@ class System:
     def image_measures(
         self, model: nn.Module, config: DictConfig, names: Collection[str]
     ) -> dict[str, ImageMeasure]:
-        """Measures of real images: vlb, of the model itself, and inversion, of its guided deterministic DDIM."""
+        """Measures of real images: loss and vlb, of the model itself; inversion, of its guided DDIM."""
         measures: dict[str, ImageMeasure] = {}
         self._refuse_classifier()
-        if not isinstance(self.process, Schedule):
-            raise ConfigError(f"metrics=[{', '.join(names)}]: rectified flow has no such measure: leave it out")
         sampling, schedule = config.sampling, self.process
         precision = Precision(sampling.precision, self.device, sampling.tf32)
+        if "loss" in names:
+
+            def loss(x_0: Tensor, y: Tensor | None, noise: Noise) -> Mapping[str, Tensor]:
+                with precision.products(), precision.autocast():
+                    return mean_loss(self.objective, model.eval(), x_0, y, noise)
+
+            measures["loss"] = loss
+        if others := [name for name in names if name != "loss" and not isinstance(schedule, Schedule)]:
+            raise ConfigError(f"metrics=[{', '.join(others)}]: rectified flow has no such measure: leave it out")
         if "vlb" in names:
             if not isinstance(self.autoencoder, IdentityAutoencoder):
                 raise ConfigError("metrics=[vlb]: bits per dimension are of pixels, and this model sees latents")

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from diffussm.build import shipped_path
 from diffussm.commands import note
 from diffussm.commands.in_processes import FAILED
-from diffussm.config import GATED
+from diffussm.config import GATED, MODEL_METRICS
 from diffussm.evaluation.baseline import Baseline
 from diffussm.evaluation.evaluator import Evaluation
 from diffussm.evaluation.gate import Rule, Spread, judge, name_of
@@ -110,7 +110,7 @@ def measured_names(evaluation: Evaluation | None, chosen: Collection[str]) -> li
     """The names of the metrics that are known once the `chosen` ones have been measured."""
     if evaluation is None:
         return list(chosen)
-    available = {*evaluation.comparison.available, "vlb", "inversion"}
+    available = {*evaluation.comparison.available, *MODEL_METRICS}
     names = [name for name in chosen if name in available]
     return [*names, *(["fid_inf"] if "fid" in names and evaluation.comparison.extrapolate else [])]
 

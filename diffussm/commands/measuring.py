@@ -125,7 +125,7 @@ def measure_checkpoint(options: argparse.Namespace, job: Job) -> Answer:
         system = build_system(checkpoint, trained, str(job.device))
         decisive = [
             *(["evaluation"] if of_samples else []),
-            *([] if wanted == ["vlb"] else ["sampler", "guidance"]),
+            *(["sampler", "guidance"] if {*wanted} - {"vlb", "loss"} else []),
         ]
         request = make_request(checkpoint, config, ("metrics", *decisive))
         if config.labels != "balanced":  # there are requests older than this choice

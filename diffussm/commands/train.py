@@ -84,12 +84,17 @@ def _dry_run(directory: RunDirectory, config: DictConfig) -> int:
 def _check(directory: RunDirectory, config: DictConfig) -> bool:
     """Refuse a run directory in which this run cannot be; returns whether there is nothing left to do."""
     directory.check()
-    _find_changes(directory, config)
-    status = directory.read_status()
-    if status and status["state"] == "finished" and status["images"] >= config.trainer.total_images:
-        print(f"{directory.path}: finished at {status['images']:,} images; nothing to do")
+    find_changes(directory, config)
+    if is_finished(directory, config):
+        print(f"{directory.path}: finished at {(directory.read_status() or {})['images']:,} images; nothing to do")
         return True
     return False
+
+
+def is_finished(directory: RunDirectory, config: DictConfig) -> bool:
+    """Whether the run has got to where this configuration ends."""
+    status = directory.read_status()
+    return bool(status and status["state"] == "finished" and status["images"] >= config.trainer.total_images)
 
 
 def _train(config: DictConfig, directory: RunDirectory, stop: StopRequest, command: str) -> int:
@@ -164,7 +169,7 @@ def _open(directory: RunDirectory, source: "Source", system: "System", trainer: 
 
     config = system.config
     directory.open()
-    trainer.changes = _find_changes(directory, config)
+    trainer.changes = find_changes(directory, config)
     for line in trainer.changes:
         note(f"configuration changed: {line}")
     before = directory.read_status() or {}
@@ -199,7 +204,7 @@ def _write_failure(directory: RunDirectory, trainer: "Trainer", error: BaseExcep
         )
 
 
-def _find_changes(directory: RunDirectory, config: DictConfig) -> list[str]:
+def find_changes(directory: RunDirectory, config: DictConfig) -> list[str]:
     """What has changed in the configuration of a run; ConfigError for what would change its result."""
     path = directory.path / "config.yaml"
     if not path.exists():

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from diffussm.data.decode import CROP, PREPROCESSING, center_crop, decode
 from diffussm.data.packed import PackedStrings
@@ -205,18 +206,30 @@ class Digits:
 
     Args:
         split: train (four fifths) or held_out, cut by a permutation from `split_seed`.
+        resolution: a multiple of 8; above 8 the digits are enlarged, bicubic: more tokens, no more detail.
     """
 
     num_classes = 10
-    image_shape = (1, 8, 8)
     horizontal_flip = False
     max_bad_fraction = 0.0
-    preprocessing = "value * 255 / 16 rounded"
 
-    def __init__(self, split: Literal["train", "held_out"] = "train", split_seed: int = 0) -> None:
+    def __init__(
+        self, split: Literal["train", "held_out"] = "train", split_seed: int = 0, resolution: int = 8
+    ) -> None:
         if split not in ("train", "held_out"):
             raise ValueError(f"split={split!r}: choose train or held_out")
+        if resolution < 8 or resolution % 8:
+            raise ValueError(f"resolution={resolution}: must be a multiple of 8")
         self.split, self.split_seed = split, split_seed
+        self.image_shape = (1, resolution, resolution)
+
+    @property
+    def preprocessing(self) -> str:
+        """How the digits become uint8 images."""
+        enlarged = (
+            "" if self.image_shape[-1] == 8 else f", bicubic to {self.image_shape[-1]}x{self.image_shape[-1]}"
+        )
+        return f"value * 255 / 16 rounded{enlarged}"
 
     @cached_property
     def _arrays(self) -> tuple[Tensor, Tensor]:
@@ -226,6 +239,9 @@ class Digits:
             raise ConfigError("data=digits needs scikit-learn: pip install 'diffussm[digits]'") from None
         digits = load_digits()
         images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
+        if self.image_shape[1:] != images.shape[2:]:
+            enlarged = interpolate(images.float(), self.image_shape[1:], mode="bicubic", align_corners=False)
+            images = enlarged.round().clamp(0, 255).to(torch.uint8)
         labels = torch.from_numpy(digits.target).long()
         order = torch.randperm(len(images), generator=make_generator(self.split_seed, "digits split"))
         num_train = len(images) * 4 // 5
@@ -233,7 +249,7 @@ class Digits:
         return images[chosen], labels[chosen]
 
     @property
-    def images(self) -> UInt8[Tensor, "N 1 8 8"]:
+    def images(self) -> UInt8[Tensor, "N 1 H W"]:
         """All images of the split."""
         return self._arrays[0]
 

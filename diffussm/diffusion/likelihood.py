@@ -1,13 +1,14 @@
-"""The exact variational bound on -log p(x_0 | y), over all timesteps."""
+"""What a model makes of given images: the variational bound on -log p(x_0 | y), and its training loss."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffussm.diffusion.loss import normal_kl, variational_bound_term
-from diffussm.diffusion.objective import mean_flat
+from diffussm.diffusion.objective import Draws, Objective, mean_flat
 from diffussm.diffusion.process import FixedVariance, Gaussian, Predictor, broadcast, p_posterior, q_sample
 from diffussm.diffusion.samplers import Noise
 from diffussm.diffusion.schedule import Schedule
@@ -46,6 +47,33 @@ def variational_bound(
         term = variational_bound_term(schedule, x_0, x_t, t, p_posterior(schedule, prediction, x_t, t, variance))
         total += term
     return {"vlb": total, "vlb_prior": prior, "vlb_decoder": term}
+
+
+@torch.no_grad()
+def mean_loss(
+    objective: Objective,
+    model: Callable[..., Tensor],
+    x_0: Float[Tensor, "B *S"],
+    y: Int[Tensor, "B"] | None,
+    noise: Noise,
+    num_times: int = 16,
+) -> dict[str, Float[Tensor, "B"]]:
+    """The objective's terms of each sample, mean over timesteps (k + 1/2) T / num_times, with fresh noise at each.
+
+    Models that see the same noise at the same timesteps differ in this by less than they do by random timesteps.
+
+    Args:
+        model: in evaluation mode, so that no labels are dropped.
+
+    Returns `loss`, and what it consists of as `loss_mse` and the like.
+    """
+    sums: dict[str, Tensor] = {}
+    ones = torch.ones(len(x_0), device=x_0.device)
+    for k in range(num_times):
+        t = torch.full_like(ones, (2 * k + 1) * objective.num_timesteps // (2 * num_times), dtype=torch.long)
+        for name, values in objective(model, x_0, y, Draws(t, ones, ones), noise()).items():
+            sums[name] = sums.get(name, 0) + values / num_times
+    return {name if name == "loss" else f"loss_{name}": total for name, total in sums.items()}
 
 
 def prior_term(schedule: Schedule, x_0: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import avg_pool2d, relu
 
 from diffussm.runtime.errors import DataError
 
@@ -53,12 +53,15 @@ class DigitsCNN(nn.Module):
     """
 
     name = "digits"
-    image_shape = (1, 8, 8)
     dims: Mapping[str, int] = {"pool": 64, "spatial": 112, "logits": 10}
-    settings: Mapping[str, Any] = {}
 
-    def __init__(self) -> None:
+    def __init__(self, reduction: int = 1) -> None:
+        """Args: reduction: the side of the squares whose means are its pixels, for digits of 8 times that."""
         super().__init__()
+        if reduction < 1:
+            raise ValueError(f"reduction={reduction}: must be at least 1")
+        self.reduction, self.image_shape = reduction, (1, 8 * reduction, 8 * reduction)
+        self.settings: Mapping[str, Any] = {} if reduction == 1 else {"reduction": reduction}
         self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
         self.conv2 = nn.Conv2d(32, 64, 3, padding=1, stride=2)
         self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
@@ -66,9 +69,9 @@ class DigitsCNN(nn.Module):
         self.sha256 = ""
 
     @classmethod
-    def pretrained(cls, weights: str | Path = DIGITS_WEIGHTS) -> "DigitsCNN":
+    def pretrained(cls, weights: str | Path = DIGITS_WEIGHTS, reduction: int = 1) -> "DigitsCNN":
         """The network whose weights are shipped with the package (made by scripts/train_digits_cnn.py)."""
-        network = cls()
+        network = cls(reduction)
         try:
             content = Path(weights).read_bytes()
             network.load_state_dict(safetensors.torch.load(content))
@@ -79,8 +82,8 @@ class DigitsCNN(nn.Module):
         network.sha256 = hashlib.sha256(content).hexdigest()
         return network.requires_grad_(False).eval()
 
-    def forward(self, images: UInt8[Tensor, "B 1 8 8"]) -> Features:
-        x = relu(self.conv1(images.float() / 127.5 - 1))
+    def forward(self, images: UInt8[Tensor, "B 1 H W"]) -> Features:
+        x = relu(self.conv1(avg_pool2d(images.float(), self.reduction) / 127.5 - 1))
         x = relu(self.conv2(x))
         x = relu(self.conv3(x))  # (B, 64, 4, 4)
         pool = x.mean(dim=(2, 3))

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 REPEAT_SECONDS = 2.0
@@ -12,12 +13,16 @@ class StopRequest:
 
     A terminal, `timeout` and srun signal all processes of a job, and a launcher hands on what it gets: the same
     request comes twice within moments.
+
+    Args:
+        on_request: called once, by the first of them.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, on_request: Callable[[], object] = lambda: None) -> None:
         self.signal: str | None = None
+        self._on_request = on_request
         self._previous: dict[int, object] = {}
         self._asked: dict[int, float] = {}  # when, by number
 
@@ -36,7 +41,9 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
+        is_first, self.signal = self.signal is None, signal.Signals(number).name
+        if is_first:
+            self._on_request()
         if time.monotonic() - self._asked.setdefault(number, time.monotonic()) > REPEAT_SECONDS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             signal.raise_signal(number)

@@ -17,7 +17,7 @@ from test_cli import BAD_INPUT
 from test_config import another, set_key
 
 from diffussm.cli import main
-from diffussm.commands.train import _find_changes
+from diffussm.commands.train import find_changes
 from diffussm.compose import compose
 from diffussm.config import leaves, may_change
 from diffussm.data.decode import decode
@@ -97,10 +97,10 @@ def test_every_key_that_changes_is_refused_or_told(run, tmp_path, figure):
         file.write_text(OmegaConf.to_yaml(OmegaConf.create(before)))
         content = file.read_bytes()
         if may_change(key):
-            told += any(line.startswith(f"{key}: ") for line in _find_changes(directory, config))
+            told += any(line.startswith(f"{key}: ") for line in find_changes(directory, config))
         else:
             with pytest.raises(ConfigError, match="holds a run with another configuration") as caught:
-                _find_changes(directory, config)
+                find_changes(directory, config)
             refused += f"({key}: " in str(caught.value) and " -> " in str(caught.value)
         assert file.read_bytes() == content
     figure(f"{refused + told}/{len(keys)} keys: {refused} refused, {told} told")

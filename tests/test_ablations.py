@@ -1,0 +1,115 @@
+"""The parts of the ablations: enlarged digits, their evaluator, the held-out loss, crops, and the table."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_RUN
+
+from diffussm.build import complexity_of
+from diffussm.cli import main
+from diffussm.compose import compose
+from diffussm.data.images import Digits
+from diffussm.diffusion.likelihood import mean_loss
+from diffussm.diffusion.loss import DDPMObjective
+from diffussm.diffusion.schedule import linear_schedule
+from diffussm.evaluation.features import DigitsCNN
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+def test_enlarged_digits_are_the_digits():
+    small, large = Digits("held_out"), Digits("held_out", resolution=16)
+    assert large[0][0].shape == large.image_shape == (1, 16, 16) and torch.equal(small.labels, large.labels)
+    means = torch.nn.functional.avg_pool2d(large.images.float(), 2)
+    assert (means - small.images).abs().mean() < 12  # of 255
+    assert small.fingerprint != large.fingerprint and small.preprocessing != large.preprocessing
+    with pytest.raises(ValueError, match="resolution=12: must be a multiple of 8"):
+        Digits(resolution=12)
+
+
+def test_the_evaluator_knows_enlarged_digits():
+    large = Digits("held_out", resolution=16)
+    network = DigitsCNN.pretrained(reduction=2)
+    assert network.image_shape == large.image_shape and network.settings == {"reduction": 2}
+    assert (network(large.images).logits.argmax(dim=1) == large.labels).float().mean() > 0.93
+
+
+def test_squares_of_equal_pixels_are_measured_as_one():
+    images = Digits("held_out").images[:5]
+    doubled = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.equal(DigitsCNN.pretrained(reduction=2)(doubled).pool, DigitsCNN.pretrained()(images).pool)
+
+
+def test_the_mean_loss_is_that_of_training_at_its_timesteps():
+    objective, asked = DDPMObjective(linear_schedule(100), loss="simple"), []
+
+    def model(x_t, t, y, drop_uniform):
+        asked.append(t.unique().item())
+        return torch.zeros_like(x_t)
+
+    noise = torch.randn(3, 1, 4, 4)
+    terms = mean_loss(objective, model, torch.zeros_like(noise), None, lambda: noise, num_times=4)
+    assert asked == [12, 37, 62, 87]
+    assert torch.allclose(terms["loss"], noise.square().flatten(1).mean(dim=1))
+    assert set(terms) == {"loss", "loss_mse"}
+
+
+@pytest.mark.parametrize("recipe", [(), ("objective=flow", "sampler=flow_heun", "sampler.num_steps=2")])
+def test_evaluate_measures_the_loss_on_held_out_images(recipe, in_tmp):
+    """The trained model's is below that of a prediction of 0, and the same in batches of any size."""
+    run = (*SMALL_RUN, *recipe, "trainer.total_images=640", "trainer.ema_decays=[0.5]")
+    assert main(["train", *(key for key in run if recipe == () or key != "sampler.clip_x_0=true")]) == 0
+    found = []
+    for batch_size in (7, 250):
+        arguments = ["metrics=[loss]", "data.split=held_out", "likelihood_images=20", f"out=of_{batch_size}.json"]
+        assert main(["evaluate", "checkpoint=runs/digits", *arguments, f"sampling.batch_size={batch_size}"]) == 0
+        found.append(json.loads(Path(f"of_{batch_size}.json").read_text())["image_metrics"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0]["num_samples"] == 20
+    assert 0 < found[0].get("loss_mse", found[0]["loss"]) < 1.2
+
+
+@pytest.mark.parametrize(("experiment", "dit"), [("digits16", (56, 16)), ("photographs", (48, 32))])
+def test_dit_computes_as_much(experiment, dit):
+    """Operations of dense layers, attention and state-space models together, to a tenth."""
+    size, side = dit
+    text = (SCRIPTS / "ablations.sh").read_text()
+    chosen = [f"model.hidden_size={size}", f"model.input_size={side}"]
+    assert " ".join(chosen) in text
+    ours = compose("train", [f"experiment={experiment}"]).model
+    theirs = compose("train", [f"experiment={experiment}", "model=dit_tiny", "model.patch_size=2", *chosen]).model
+    costs = [complexity_of(model, (ours.in_channels, side, side)) for model in (ours, theirs)]
+    operations = [2 * cost.macs + cost.ssm_flops for cost in costs]
+    assert operations[1] == pytest.approx(operations[0], rel=0.1)
+
+
+def test_no_held_out_crop_shows_what_is_trained_on(tmp_path):
+    pytest.importorskip("skimage")
+    subprocess.run([sys.executable, SCRIPTS / "photograph_crops.py", tmp_path], check=True, capture_output=True)
+    places = {}
+    for split in ("train", "held_out"):
+        for path in (tmp_path / split).iterdir():
+            stem, _, left = path.stem.rsplit("_", 2)
+            places.setdefault(split, {}).setdefault(stem, set()).add(int(left))
+    assert len(places["train"]) == 7 and places["train"].keys() == places["held_out"].keys()
+    for stem, lefts in places["train"].items():
+        assert max(lefts) + 32 <= min(places["held_out"][stem])
+
+
+def test_the_table_has_mean_and_spread_of_each_choice(tmp_path):
+    jobs = {f"m-{m}__seed-{seed}": {"m": str(m), "seed": str(seed)} for m in (1, 2) for seed in (0, 1, 2)}
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    for index, name in enumerate(list(jobs)[:4]):  # the last two have not been measured
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"metrics": {"fid": float(index), "n": 5}}))
+    spec = importlib.util.spec_from_file_location("summarize_sweep", SCRIPTS / "summarize_sweep.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.summarize(tmp_path) == [["m", "seeds", "fid"], ["1", "3", "1 ± 1"], ["2", "1", "3"]]
+    script.main(tmp_path)
+    assert (tmp_path / "summary.csv").read_text().splitlines()[1] == "1,3,1 ± 1"
+    assert (tmp_path / "summary.md").read_text().splitlines()[1] == "| --- | --- | --- |"
