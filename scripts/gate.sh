@@ -11,7 +11,8 @@ use_environment digits
 run=runs/digits_gate
 rm -rf "$run" # of other code, perhaps
 "$diffussm" train experiment=digits_gate run_dir="$run"
+# So much tolerance that the slowest of the six seeds would pass by the five others; what is broken is far beyond it.
 "$diffussm" evaluate checkpoint="$run" gate.relative_to=diffussm:evaluation/digits_baseline.json \
-    gate.is_tolerance=0.3 gate.precision_tolerance=0.05 gate.recall_tolerance=0.05 gate.density_tolerance=0.05 \
-    gate.coverage_tolerance=0.05 gate.class_agreement_tolerance=0.05 \
+    gate.is_tolerance=1.5 gate.precision_tolerance=0.2 gate.recall_tolerance=0.1 gate.density_tolerance=0.25 \
+    gate.coverage_tolerance=0.15 gate.class_agreement_tolerance=0.2 \
     gate.junit="$run/gate.xml" gate.summary="$run/gate.md" "$@"
