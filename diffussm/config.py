@@ -66,6 +66,9 @@ class TrainerConfig:
     num_processes: int | None = free(
         None
     )  # one per GPU, started here; null: this one, or those of torchrun or srun
+    parallel: str = free(
+        "ddp"
+    )  # ddp: every process has the whole model; fsdp: a part each, for what fits no device
     max_restarts: int = free(3)  # of num_processes on end, when one is lost
     timeout_seconds: float = free(1800.0)  # a process that others wait for longer is taken for lost
     keep_checkpoints: int = free(2)
@@ -530,6 +533,7 @@ def _validate_trainer(config: DictConfig) -> None:
     remedy = "keeps the averages of trainer.ema_power: set that too, such as [0.05,0.1]"
     _require(config, "trainer.ema_snapshot_every_images", every is None or len(trainer.ema_power), remedy)
     _require_choice(config, "trainer.precision", ("bf16", "fp16", "fp32"))
+    _require_choice(config, "trainer.parallel", ("ddp", "fsdp"))
     one_step = trainer.batch_size <= trainer.total_images
     _require(config, "trainer.batch_size", one_step, f"exceeds trainer.total_images={trainer.total_images}")
 

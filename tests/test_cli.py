@@ -49,6 +49,7 @@ BAD_INPUT = [
     ((*DIGITS, "trainer.max_grad_norm=-1"), 2, "trainer.max_grad_norm=-1"),
     ((*DIGITS, "trainer.ema_decays=[1.5]"), 2, "trainer.ema_decays=[1.5]"),
     ((*DIGITS, "trainer.ema_decays=[]"), 2, "trainer.ema_decays=[]"),
+    ((*DIGITS, "trainer.parallel=fdsp"), 2, "trainer.parallel=fdsp: choose ddp, fsdp (did you mean fsdp?)"),
     ((*DIGITS, "trainer.precision=fp23"), 2, "choose bf16, fp16, fp32 (did you mean fp"),
     ((*DIGITS, "optimizer.lr=nan"), 2, "optimizer.lr=nan: must be a finite number"),
     ((*DIGITS, "optimizer.lr=-1"), 2, "optimizer.lr=-1"),

@@ -5,7 +5,7 @@ from diffussm.build.costs import autoencoder_macs, complexity_of, training_flops
 from diffussm.build.evaluating import PACKAGE_PREFIX, build_evaluation, build_extractor, shipped_path
 from diffussm.build.instantiation import check_signature, construct, refuse_foreign_code
 from diffussm.build.system import System, build_source, create_model
-from diffussm.build.training import MAX_GRID_ROWS, build_trainer
+from diffussm.build.training import MAX_GRID_ROWS, build_trainer, is_in_parts
 from diffussm.build.weights import check_device_name, choose_device, choose_weights, load_weights, read_weights
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "construct",
     "create_model",
     "describe_fingerprint",
+    "is_in_parts",
     "load_weights",
     "read_weights",
     "recorded_autoencoder",

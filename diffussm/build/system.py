@@ -70,6 +70,7 @@ class System:
 
     Args:
         making: a context in which the model is made, such as one in which tensors have shapes only.
+        in_memory: leave the model where it is made, for it may not fit the device as a whole.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class System:
         image_shape: Sequence[int],
         device: torch.device,
         making: AbstractContextManager = contextlib.nullcontext(),  # noqa: B008
+        in_memory: bool = False,
     ) -> None:
         self.config, self.image_shape, self.device = config, tuple(image_shape), device
         autoencoder: Autoencoder = construct(config.autoencoder, "autoencoder")
@@ -95,7 +97,7 @@ class System:
             torch.manual_seed(derive_seed(config.seed, "model"))
             model = construct(config.model, "model")
         # One of shapes alone cannot be moved, not even to where it is.
-        self.model = model if device.type == "cpu" else model.to(device)
+        self.model = model if in_memory or device.type == "cpu" else model.to(device)
         self.process = process
         self.objective: Objective = construct(config.objective, "objective", schedule=process)
         check_objective(self.model, self.objective)

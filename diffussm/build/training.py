@@ -28,6 +28,7 @@ from diffussm.training import posthoc
 from diffussm.training.best import BestCheckpoint
 from diffussm.training.checkpoint import CheckpointStore
 from diffussm.training.logging import MetricsLog
+from diffussm.training.parallel import Replicas
 from diffussm.training.precision import Precision
 from diffussm.training.profiling import Profile
 from diffussm.training.protocols import Batches, Periodic
@@ -73,6 +74,12 @@ def build_trainer(
     for launching in ("num_processes", "max_restarts", "timeout_seconds", "dry_run"):
         del settings[launching]
     sample_every_images = settings.pop("sample_every_images")
+    parallel = Replicas(processes)
+    del settings["parallel"]
+    if is_in_parts(config, processes):  # before the optimiser takes its parameters
+        from diffussm.training.sharding import Shards  # slow, and not needed otherwise
+
+        parallel = Shards(processes, system.model, system.device)
     precision = Precision(settings.pop("precision"), system.device, settings.pop("tf32"))
     store = CheckpointStore(run.checkpoints, settings.pop("keep_checkpoints"), warn)
     best = BestCheckpoint(run.checkpoints, warn) if settings.pop("keep_best") else None
@@ -133,6 +140,7 @@ def build_trainer(
             system, run, processes, log, sample_every_images, getattr(source, "preprocessing", None)
         ),
         processes=processes,
+        parallel=parallel,
         throughput=Throughput(
             functools.partial(training_flops_of, config.model, system.latent_shape),
             device_peak(system.device, precision.name, precision.tf32),
@@ -143,6 +151,11 @@ def build_trainer(
         stop=stop,
         **settings,
     )
+
+
+def is_in_parts(config: DictConfig, processes: Processes) -> bool:
+    """Whether no process is to have the whole model; a single one always has."""
+    return config.trainer.parallel == "fsdp" and processes.world_size > 1
 
 
 def build_relays(config: DictConfig, run: RunDirectory, warn: Callable[[str], None]) -> list[Relay]:

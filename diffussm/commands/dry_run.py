@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffussm.build import System, build_evaluation, build_source, check_device_name, construct
+from diffussm.build import System, build_evaluation, build_source, check_device_name, construct, is_in_parts
 from diffussm.commands import note
 from diffussm.commands.init_from import read_initial_weights
 from diffussm.commands.summary import describe_costs, describe_run
@@ -42,9 +42,9 @@ def dry_run(config: DictConfig, directory: RunDirectory, world_size: int) -> int
         optimizer = construct(config.optimizer, "optimizer", named_parameters=named_parameters)
     if config.sampler:
         system.generator(system.model, config)  # says what does not fit
-    parts = split(
-        config.trainer.batch_size, Processes(Place(world_size=world_size)), config.trainer.device_batch_size
-    )
+    processes = Processes(Place(world_size=world_size))
+    parts = split(config.trainer.batch_size, processes, config.trainer.device_batch_size)
+    num_shards = world_size if is_in_parts(config, processes) else 1
     cost = try_step(system, shapes_only, len(parts[0]))
     _, height, width = system.latent_shape
     tokens = height * width // config.model.get("patch_size", 1) ** 2
@@ -59,8 +59,9 @@ def dry_run(config: DictConfig, directory: RunDirectory, world_size: int) -> int
             optimizer=optimizer,
             parts=parts,
             world_size=world_size,
+            num_shards=num_shards,
         ),
-        *describe_costs(config, cost, tokens, len(parts[0])),
+        *describe_costs(config, cost, model=system.model, tokens=tokens, parts=parts, num_shards=num_shards),
         *_describe_files(system, source, is_new=not found),
         "dry run      the configuration is sound; nothing was created",
     ]

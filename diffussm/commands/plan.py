@@ -144,7 +144,8 @@ def _entries(config: DictConfig, machine: Machine) -> Iterator[Entry]:
     yield from stages.compute(cost.macs, trainer.total_images, find_training(_network(config), image_shape[1]))
     num_averages = len(trainer.ema_decays) + len(trainer.ema_power)
     step = try_step(system, shapes_only, len(parts[0]))
-    needed = stages.training_memory(cost.parameters, num_averages, step.activation_bytes)
+    num_shards = config.gpus if trainer.parallel == "fsdp" else 1
+    needed = stages.training_memory(cost.parameters, num_averages, step.activation_bytes, num_shards, len(parts))
     yield from stages.memory(machine, needed, len(parts[0]))
     every = trainer.ema_snapshot_every_images
     yield from stages.checkpoints(

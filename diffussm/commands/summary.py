@@ -10,7 +10,7 @@ from torch import nn
 from diffussm.build import complexity_of, training_flops_of
 from diffussm.data.loader import is_latent_set
 from diffussm.models.complexity import Complexity
-from diffussm.plan.stages import training_memory
+from diffussm.plan.stages import BYTES, training_memory
 from diffussm.training.optim import describe_groups
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def summarize(system: "System", source: "Source", trainer: "Trainer") -> str:
     config, total = system.config, trainer.total_images
     cost = complexity_of(config.model, system.latent_shape)
     flops = training_flops_of(config.model, system.latent_shape)
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    parameters = _numel(trainer.model)
     ssm = f" and {_scaled(cost.ssm_flops)}FLOP of SSM" if cost.ssm_flops else ""
     lines = [
         ("run", f"{config.run_dir} ({_foresee(trainer)})"),
@@ -61,16 +61,19 @@ def describe_run(
     optimizer: torch.optim.Optimizer,
     parts: Sequence[range],
     world_size: int,
+    num_shards: int = 1,
 ) -> list[str]:
     """A run that is only thought of: its model, data, batch arithmetic, length and optimiser.
 
     Args:
         run: the run directory and what becomes of it.
         parts: those of a process's share of a batch that it takes at once.
+        num_shards: that together are the model.
     """
     trainer = config.trainer
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = _numel(model)
     place = f"{world_size} processes, the first on {device}" if world_size > 1 else device
+    place += _describe_shards(num_shards)
     return [
         f"run          {run}",
         f"model        {type(model).__name__}, {parameters:,} parameters, {trainer.precision} on {place}",
@@ -81,16 +84,40 @@ def describe_run(
     ]
 
 
-def describe_costs(config: DictConfig, cost: Complexity, tokens: int, batch_size: int) -> list[str]:
-    """What an image costs, and the memory that a device needs, from the cost of a pass of `batch_size` images."""
-    num_averages = len(config.trainer.ema_decays) + len(config.trainer.ema_power)
-    memory = training_memory(cost.parameters, num_averages, cost.activation_bytes)
+def describe_costs(
+    config: DictConfig,
+    cost: Complexity,
+    *,
+    model: nn.Module,
+    tokens: int,
+    parts: Sequence[range],
+    num_shards: int = 1,
+) -> list[str]:
+    """What an image costs, and the memory that a device needs, from the cost of a process's first pass."""
+    batch_size, num_averages = len(parts[0]), len(config.trainer.ema_decays) + len(config.trainer.ema_power)
+    memory = training_memory(cost.parameters, num_averages, cost.activation_bytes, num_shards, len(parts))
     memory[f"activations of {batch_size} images"] = memory.pop("activations")
+    drawing = ""
+    if num_shards > 1:
+        memory["blocks at work"] = _size_at_work(model)
+        whole = BYTES * cost.parameters
+        drawing = f"; {_size(whole)} for a whole average while pictures are drawn" if config.sampler else ""
     return [
         f"cost         {cost.macs / batch_size / 1e9:,.2f} GMAC per image and forward pass; {tokens:,} tokens",
         f"memory       about {_size(sum(memory.values()))} on each device: "
-        + ", ".join(f"{what} {_size(size)}" for what, size in memory.items()),
+        + ", ".join(f"{what} {_size(size)}" for what, size in memory.items())
+        + drawing,
     ]
+
+
+def _size_at_work(model: nn.Module) -> int:
+    """Bytes of the weights of a model in parts that are whole at a time, and of as many gradients.
+
+    They are those of a block, of the one that comes next, and of all that is in no block.
+    """
+    blocks = getattr(model, "blocks", None)
+    sizes = [_numel(block) for block in blocks] if isinstance(blocks, nn.ModuleList) else []
+    return 2 * BYTES * (_numel(model) - sum(sizes) + sum(sorted(sizes)[-2:]))
 
 
 def _foresee(trainer: "Trainer") -> str:
@@ -140,10 +167,21 @@ def _hours(trainer: "Trainer", flops: int) -> str:
 
 def _describe_devices(trainer: "Trainer") -> str:
     count, device = trainer.processes.world_size, trainer.device
-    processes = f"{_count(count, 'process', 'es')} on " if count > 1 else ""
     if device.type == "cuda":
-        return f"{processes}{torch.cuda.get_device_name(device)} ({device}{' for the first' if count > 1 else ''})"
-    return f"{processes}{device} with {_count(torch.get_num_threads(), 'thread')}{' each' if count > 1 else ''}"
+        name = f"{torch.cuda.get_device_name(device)} ({device}{' for the first' if count > 1 else ''})"
+    else:
+        name = f"{device} with {_count(torch.get_num_threads(), 'thread')}{' each' if count > 1 else ''}"
+    processes = f"{_count(count, 'process', 'es')} on " if count > 1 else ""
+    return processes + name + _describe_shards(trainer.parallel.num_shards)
+
+
+def _describe_shards(count: int) -> str:
+    """What each device has of the model, if it is not all."""
+    return f", 1/{count} of weights, moments and averages on each" if count > 1 else ""
+
+
+def _numel(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _name(node: Any) -> str:

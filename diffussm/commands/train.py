@@ -98,7 +98,7 @@ def is_finished(directory: RunDirectory, config: DictConfig) -> bool:
 
 
 def _train(config: DictConfig, directory: RunDirectory, stop: StopRequest, command: str) -> int:
-    from diffussm.build import System, build_source, build_trainer, choose_device
+    from diffussm.build import System, build_source, build_trainer, choose_device, is_in_parts
     from diffussm.runtime.distributed import Processes
 
     keep_freed_memory()
@@ -106,7 +106,7 @@ def _train(config: DictConfig, directory: RunDirectory, stop: StopRequest, comma
 
     def build() -> tuple["Source", "System", "Trainer"]:
         source = build_source(config.data, config.model)
-        system = System(config, source.image_shape, device)
+        system = System(config, source.image_shape, device, in_memory=is_in_parts(config, processes))
         trainer = build_trainer(system, source, directory, processes, lambda: stop, note)
         len(source)  # reads the data, or says why it cannot, before anything is created
         if config.init_from is not None and processes.is_first and not trainer.checkpoints.paths():

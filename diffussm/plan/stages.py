@@ -190,14 +190,22 @@ def compute(macs: int, total_images: int, published: Training | None) -> Iterato
     )  # fmt: skip
 
 
-def training_memory(parameters: int, num_averages: int, activation_bytes: int) -> dict[str, int]:
-    """Bytes on each device while a step runs: everything is in fp32 but the activations."""
-    weights = BYTES * parameters
+def training_memory(
+    parameters: int, num_averages: int, activation_bytes: int, num_shards: int = 1, num_parts: int = 1
+) -> dict[str, int]:
+    """Bytes on each device while a step runs: everything is in fp32 but the activations.
+
+    Args:
+        num_shards: devices that hold a model together.
+        num_parts: passes in a step. Shards are summed in the last alone; until then a device has all gradients.
+    """
+    whole = BYTES * parameters
+    share = -(-whole // num_shards)
     return {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": ADAM_MOMENTS * weights,
-        "averages": num_averages * weights,
+        "weights": share,
+        "gradients": share if num_parts == 1 else whole,
+        "optimizer": ADAM_MOMENTS * share,
+        "averages": num_averages * share,
         "activations": activation_bytes,
     }
 

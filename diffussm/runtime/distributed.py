@@ -129,17 +129,17 @@ class Processes:
         self._wait(lambda: self._store.check([name]), poll)
         return pickle.loads(bytes.fromhex(self._store.get(name).decode()))
 
-    def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """The first process's CPU tensors, in every process."""
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+        """The first process's CPU tensors and their names, in every process, one after the other."""
         if self.world_size == 1:
-            return dict(tensors or {})
+            yield from (tensors or {}).items()
+            return
         described = {name: (tuple(t.shape), t.dtype) for name, t in (tensors or {}).items()}
-        found = {}
         for name, (shape, dtype) in self.broadcast_object(described).items():
-            found[name] = tensors[name].contiguous() if tensors is not None else torch.empty(shape, dtype=dtype)
+            tensor = tensors[name].contiguous() if tensors is not None else torch.empty(shape, dtype=dtype)
             with self.noticing_losses():
-                dist.broadcast(found[name], 0)
-        return found
+                dist.broadcast(tensor, 0)
+            yield name, tensor
 
     def gather_objects(self, value: T) -> list[T]:
         """The values of all processes by rank, in the first process; elsewhere this process's alone."""

@@ -10,10 +10,12 @@ standard deviation is a fixed share of t: sigma_rel = (gamma + 1)^(1/2) (gamma +
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+
+from diffussm.runtime.distributed import Processes
+from diffussm.training.parallel import Replicas
 
 POWER_PREFIX = "ema_power_"
 MAX_SIGMA_REL = 0.28  # that of gamma = 0, the plain mean of all weights, is 12^(-1/2)
@@ -37,9 +39,19 @@ def power_gamma(sigma_rel: float) -> float:
 
 
 class ModelAverages:
-    """Averages of a model's weights, one per decay and one per sigma_rel; the first update copies the weights."""
+    """Averages of a model's weights, one per decay and one per sigma_rel; the first update copies the weights.
 
-    def __init__(self, model: nn.Module, decays: Sequence[float], power: Sequence[float] = ()) -> None:
+    Args:
+        parallel: where the model's tensors lie; those of its averages lie there too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decays: Sequence[float],
+        power: Sequence[float] = (),
+        parallel: Replicas | None = None,
+    ) -> None:
         if not decays:
             raise ValueError("ema_decays is empty: sampling and evaluation use the first average")
         for decay in decays:
@@ -47,23 +59,23 @@ class ModelAverages:
                 raise ValueError(f"ema_decays holds {decay}: must be at least 0 and below 1")
         shares = [*map(_exponential, decays), *(_power(power_gamma(sigma_rel)) for sigma_rel in power)]
         self._shares = dict(zip(average_names(decays, power), shares, strict=True))
-        self._averages = {name: deepcopy(model).requires_grad_(False).eval() for name in self._shares}
+        self._parallel = parallel or Replicas(Processes())
+        self._averages = {name: self._parallel.copy(model).requires_grad_(False).eval() for name in self._shares}
         self.num_updates = 0  # over all starts of the run
 
     @property
     def first(self) -> nn.Module:
-        """The averaged model that pictures and evaluations during training use, in eval mode."""
+        """The averaged model that pictures and evaluations during training use, in eval mode; laid out as all."""
         return next(iter(self._averages.values()))
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take the current weights into every average."""
         self.num_updates += 1
-        weights: list[Tensor] = [*model.parameters()]
+        weights = self._parallel.local(model.parameters())
         for name, average in self._averages.items():
             share = self._shares[name](self.num_updates) if self.num_updates > 1 else 1.0
-            averaged: list[Tensor] = [*average.parameters()]
-            torch._foreach_lerp_(averaged, weights, share)
+            torch._foreach_lerp_(self._parallel.local(average.parameters()), weights, share)
             for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
                 ours.copy_(theirs)
 

@@ -1,6 +1,6 @@
 """What of a run is saved: where it stands, and the optimiser's state by the names of parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -47,6 +47,12 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         for name, parameter in model.named_parameters()
         for field, tensor in optimizer.state.get(parameter, {}).items()
     }
+
+
+def owners(model: nn.Module) -> Callable[[str], Tensor | None]:
+    """Finds the parameter that an entry of `optimizer_state` is of."""
+    parameters = dict(model.named_parameters())
+    return lambda key: parameters.get(key.rpartition("/")[0])
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:

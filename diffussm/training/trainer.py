@@ -32,7 +32,7 @@ from diffussm.training.ema import ModelAverages
 from diffussm.training.initial import InitialWeights
 from diffussm.training.logging import MetricsLog, Progress, headline
 from diffussm.training.optim import learning_rate_factor
-from diffussm.training.parallel import local_gradients, split, wrap_model
+from diffussm.training.parallel import Replicas, split
 from diffussm.training.precision import Precision
 from diffussm.training.profiling import NoProfile
 from diffussm.training.protocols import Batch, Batches, Draws, Objective, Periodic
@@ -42,6 +42,7 @@ from diffussm.training.train_state import (
     check_train_state,
     load_optimizer_state,
     optimizer_state,
+    owners,
     refuse_non_finite,
 )
 from diffussm.training.window import MetricsWindow
@@ -52,6 +53,8 @@ REPORT_SECONDS = 30.0  # between two reports where no record is due
 # After which a run that has not reported again is taken for stalled: in its steps, and in what takes longer.
 STEP_LIMIT_SECONDS, LIMIT_SECONDS = 300.0, 1800.0
 
+Namesake = Callable[[str], Tensor | None]  # the tensor that one with this name replaces, or is of the shape of
+
 
 class Trainer:
     """Train `model` until `total_images`, continuing from the newest valid checkpoint if there is one.
@@ -61,6 +64,7 @@ class Trainer:
         batch_size: images per optimiser step, over all processes.
         device_batch_size: most images in one forward pass; a step accumulates over as many as it takes.
         processes: those of the job, which have met when `run` is called.
+        parallel: how the model is spread over them; whole in each by default.
         compile: whether the model's blocks are compiled.
         max_grad_norm: gradients are scaled down to this norm; None leaves them as they are.
         config: the resolved configuration, stored in every checkpoint.
@@ -101,12 +105,14 @@ class Trainer:
         best: BestCheckpoint | None = None,
         periodic: Sequence[Periodic] = (),
         processes: Processes | None = None,
+        parallel: Replicas | None = None,
         throughput: Throughput | None = None,
         profile: NoProfile | None = None,
         report: Callable[[Mapping[str, Any]], None] = lambda facts: None,
         stop: Callable[[], object] = lambda: False,
     ) -> None:
         self.processes = processes or Processes()
+        self.parallel = parallel or Replicas(self.processes)
         self.throughput, self.profile, self.report = throughput, profile or NoProfile(), report
         self.model, self.objective, self.batches, self.to_latents = model, objective, batches, to_latents
         self.optimizer, self.checkpoints, self.log, self.precision = optimizer, checkpoints, log, precision
@@ -116,7 +122,7 @@ class Trainer:
         self.samples = self.processes.share(batch_size)
         self.parts = split(batch_size, self.processes, device_batch_size)
         self.max_grad_norm, self.periodic, self.stop = max_grad_norm, periodic, stop
-        self.averages = ModelAverages(model, ema_decays, ema_power)
+        self.averages = ModelAverages(model, ema_decays, ema_power, self.parallel)
         self.snapshots, self.ema_snapshot_every_images = snapshots, ema_snapshot_every_images
         self.best, self.best_step = best, -1  # of the evaluation that was best
         self.device = next(model.parameters()).device
@@ -148,7 +154,7 @@ class Trainer:
             accepted: called in the first process once the checkpoint to continue, if there is one, fits.
         """
         with self.processes.noticing_losses():
-            self.network = wrap_model(self.model, self.processes, len(self.parts))
+            self.network = self.parallel.wrap(self.model, len(self.parts))
         self.restore()
         self.processes.on_first(accepted)
         if self.best is not None:
@@ -220,15 +226,14 @@ class Trainer:
             ) from error
 
     def warm_up(self, batch: Batch) -> None:
-        """Two passes whose gradients are thrown away.
+        """Passes whose gradients are thrown away, until they are summed in the order that remains.
 
-        DistributedDataParallel sums gradients in another order from its second pass on: without them the first
-        step after a restart would be rounded differently from the same step of a run that goes on.
+        Without them the first step after a restart would be rounded differently from the same step of a run that
+        goes on.
         """
-        if self.processes.world_size > 1:
-            for _ in range(2):
-                self.compute_gradients(batch)
-                self.optimizer.zero_grad(set_to_none=True)
+        for _ in range(self.parallel.settling_passes):
+            self.compute_gradients(batch)
+            self.optimizer.zero_grad(set_to_none=True)
 
     def compute_gradients(self, batch: Batch) -> tuple[Draws, dict[str, Tensor]]:
         """Backward through the mean loss of the global batch, in parts that fit the device.
@@ -255,12 +260,12 @@ class Trainer:
                 noise = self._place(draw_normal(self.seed, "noise", self.step, part, shape))
                 drawn = draws[part.start : part.stop].to(self.device)
             is_last = part is self.parts[-1]
-            reduction = contextlib.nullcontext() if is_last else local_gradients(self.network)
-            with reduction, self.precision.products():
+            reduction = contextlib.nullcontext() if is_last else self.parallel.local_gradients(self.network)
+            with reduction, self.precision.products(), self.processes.noticing_losses():
                 with self.precision.autocast(), self.profile.span("forward"):
                     terms = self.objective(self.network, x_0, y, drawn, noise)
                 loss = terms["loss"].sum() * factor
-                with self.processes.noticing_losses(), self.profile.span("backward"):
+                with self.profile.span("backward"):
                     self.precision.scaler.scale(loss).backward()
             found.append({name: term.detach().float() for name, term in terms.items()})
         assert draws is not None
@@ -292,9 +297,11 @@ class Trainer:
 
     def clip_gradients(self) -> Tensor:
         """Bring the gradient's norm to at most `max_grad_norm`; returns the norm before."""
-        self.precision.scaler.unscale_(self.optimizer)
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        with self.processes.noticing_losses():
+            self.precision.scaler.unscale_(self.optimizer)
+        norm = self.parallel.total_norm(
+            parameter.grad for parameter in self.model.parameters() if parameter.grad is not None
+        )
         if self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_grad_norm, norm)
         return norm
@@ -350,7 +357,7 @@ class Trainer:
                     self.pending.append(periodic.name)
             self.catch_up()
         if self.ema_snapshot_every_images and self._due(self.ema_snapshot_every_images):
-            self.processes.on_first(lambda: self._save_snapshot(say))
+            self._save_snapshot(say)
         if self.is_stopping and not ended:
             self.stop_here(say)
         if saving or self.best_step == self.step:
@@ -398,7 +405,15 @@ class Trainer:
         """Publish a checkpoint; a failure is retried once, then survived until the third on end."""
         self._report("saving", LIMIT_SECONDS, at_once=True)
         with self.profile.span("saving"):
-            if self.processes.on_first(lambda: self._save(say)):
+            found = {
+                "model": self.model.state_dict(),
+                **self.averages.state(),
+                "optimizer": optimizer_state(self.model, self.optimizer),
+            }
+            tensors = {name: self.parallel.gather(state) for name, state in found.items()}
+            if state := self.objective.state():
+                tensors["objective"] = state
+            if self.processes.on_first(lambda: self._save(tensors, say)):
                 self.saved_step = self.step
                 self.keep_best()
 
@@ -407,15 +422,8 @@ class Trainer:
         if self.best is not None and self.best_step == self.saved_step == self.step:
             self.processes.on_first(self.best.keep)
 
-    def _save(self, say: Callable[[str], None]) -> bool:
-        """Whether it was published."""
-        tensors = {
-            "model": self.model.state_dict(),
-            **self.averages.state(),
-            "optimizer": optimizer_state(self.model, self.optimizer),
-        }
-        if state := self.objective.state():
-            tensors["objective"] = state
+    def _save(self, tensors: Mapping[str, Mapping[str, Tensor]], say: Callable[[str], None]) -> bool:
+        """Whether these were published."""
         train_state = TrainState(
             data=dict(self.batches.fingerprint),
             step=self.step,
@@ -446,15 +454,19 @@ class Trainer:
 
     def _save_snapshot(self, say: Callable[[str], None]) -> None:
         """Keep the power averages as they are; a failure costs this snapshot only."""
-        assert self.snapshots is not None
-        tensors = self.averages.power_state()
-        refuse_non_finite(tensors, self.step)
-        if self.averages.num_updates:
-            try:
-                facts = {"images": self.images, "ema_updates": self.averages.num_updates}
-                self.snapshots.save(self.step, tensors, {"snapshot": facts})
-            except StorageError as error:
-                say(f"going on without this snapshot of averages: {error}")
+        tensors = {name: self.parallel.gather(state) for name, state in self.averages.power_state().items()}
+
+        def save() -> None:
+            assert self.snapshots is not None
+            refuse_non_finite(tensors, self.step)
+            if self.averages.num_updates:
+                try:
+                    facts = {"images": self.images, "ema_updates": self.averages.num_updates}
+                    self.snapshots.save(self.step, tensors, {"snapshot": facts})
+                except StorageError as error:
+                    say(f"going on without this snapshot of averages: {error}")
+
+        self.processes.on_first(save)
 
     def restore(self) -> None:
         """Continue from the newest valid checkpoint; without any, start at step 0, from `initial` if it is set.
@@ -489,7 +501,7 @@ class Trainer:
         if document is None:
             self._begin()
             return
-        self._load(lambda name: self._read(checkpoint, name), TrainState(**document))
+        self._load(lambda name, like: self._read(checkpoint, name, like), TrainState(**document))
         if self.processes.is_first:
             self.log.rewind(self.images)
 
@@ -499,23 +511,28 @@ class Trainer:
         self.imported = self.processes.broadcast_object(initial.provenance if initial else None)
         if self.imported is None:
             return
-        tensors = self.processes.broadcast_tensors(initial.tensors if initial else None)
-        state = {**self.model.state_dict(), **tensors}
-        self.model.load_state_dict(state)
-        self.averages.load(dict.fromkeys(self.averages.state(), state), 0)
+        state = self.model.state_dict()
+        self.model.load_state_dict({**state, **self._share(initial.tensors if initial else None, state.get)})
+        self.averages.load(dict.fromkeys(self.averages.state(), self.model.state_dict()), 0)
 
-    def _read(self, checkpoint: Checkpoint | None, name: str) -> dict[str, Tensor]:
-        """The tensors of a checkpoint that the first process has; none if it holds no such file."""
+    def _read(self, checkpoint: Checkpoint | None, name: str, like: Namesake) -> dict[str, Tensor]:
+        """Of the tensors of a checkpoint that the first process has; none if it holds no such file."""
         tensors = None
         if checkpoint is not None:
             tensors = checkpoint.tensors(name) if f"{name}.safetensors" in checkpoint.files else {}
-        return self.processes.broadcast_tensors(tensors)
+        return self._share(tensors, like)
 
-    def _load(self, read: Callable[[str], dict[str, Tensor]], train_state: TrainState) -> None:
-        self.model.load_state_dict(read("model"))
-        self.averages.load({name: read(name) for name in self.averages.state()}, train_state.ema_updates)
-        load_optimizer_state(self.model, self.optimizer, read("optimizer"))
-        if objective := read("objective"):
+    def _share(self, tensors: Mapping[str, Tensor] | None, like: Namesake) -> dict[str, Tensor]:
+        """What each process needs of the first one's whole tensors."""
+        everything = self.processes.broadcast_tensors(tensors)
+        return {name: self.parallel.part(tensor, like(name)) for name, tensor in everything}
+
+    def _load(self, read: Callable[[str, Namesake], dict[str, Tensor]], train_state: TrainState) -> None:
+        like = self.model.state_dict().get
+        self.model.load_state_dict(read("model", like))
+        self.averages.load({name: read(name, like) for name in self.averages.state()}, train_state.ema_updates)
+        load_optimizer_state(self.model, self.optimizer, read("optimizer", owners(self.model)))
+        if objective := read("objective", lambda name: None):
             self.objective.load(objective)
         if self.precision.scaler.is_enabled() and train_state.loss_scale:
             self.precision.scaler.load_state_dict(dict(train_state.loss_scale))
@@ -539,7 +556,8 @@ class Trainer:
         result: Mapping[str, Any] = {}
         try:
             with self.profile.span(periodic.name):
-                result = periodic.action(self.averages.first, self.images, undertaking)
+                with self.parallel.whole(self.averages.first) as model:
+                    result = periodic.action(model, self.images, undertaking)
                 undertaking.finish()
         except Interrupted:
             self.is_stopping = True

@@ -108,6 +108,25 @@ def test_fewer_bytes_in_less_precision(in_tmp, capsys):
     assert needed["fp16"] == needed["bf16"]
 
 
+def test_a_model_in_parts_takes_a_share_of_the_memory(in_tmp, capsys):
+    small = ("experiment=imagenet256_dit_s_2", "model.depth=2", "trainer.num_processes=8")
+
+    def sizes(*overrides: str) -> dict[str, float]:
+        lines = told(capsys, *small, *overrides)
+        assert ("1/8 of weights, moments and averages on each" in lines["model"]) == bool(overrides)
+        found = re.findall(r"(weights|gradients|optimizer|averages|blocks at work) ([\d.]+) MiB", lines["memory"])
+        return {name: float(size) for name, size in found}
+
+    whole = sizes()
+    parts, accumulating = (
+        sizes("trainer.parallel=fsdp", *more) for more in ((), ("trainer.device_batch_size=16",))
+    )
+    assert "blocks at work" not in whole and 0 < parts["blocks at work"] <= 2 * whole["weights"]
+    for name in ("weights", "optimizer", "averages"):
+        assert parts[name] == accumulating[name] == pytest.approx(whole[name] / 8, abs=0.1)
+    assert parts["gradients"] == parts["weights"] and accumulating["gradients"] == whole["gradients"]
+
+
 def test_a_run_that_is_there_is_looked_at_and_left_alone(in_tmp, capsys):
     assert main(["train", *SMALL_RUN]) == 0
     before = {path: path.stat().st_mtime_ns for path in in_tmp.rglob("*")}

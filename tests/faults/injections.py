@@ -3,13 +3,14 @@
 Each is called in every process of the job before the command line, the launcher's included.
 """
 
+import functools
 import hashlib
 import json
 import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,29 @@ def digest(state: dict[str, torch.Tensor]) -> str:
     for name in sorted(state):
         sha256.update(name.encode() + state[name].detach().numpy().tobytes())
     return sha256.hexdigest()[:16]
+
+
+def tell_bytes() -> None:
+    """BYTES, rank, and what weights, moments and averages take in this process, after every step."""
+
+    def size(tensors: Iterable[torch.Tensor]) -> int:
+        with torch.no_grad():
+            mine = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+        storages = [tensor.untyped_storage() for tensor in mine]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def tell(self: trainer.Trainer, batch: object) -> None:
+        moments = [tensor for state in self.optimizer.state.values() for tensor in state.values() if tensor.ndim]
+        averages = [tensor for state in self.averages.state().values() for tensor in state.values()]
+        sizes = [size(tensors) for tensors in (self.model.state_dict().values(), moments, averages)]
+        say(f"BYTES {self.processes.rank} {' '.join(map(str, sizes))}")
+
+    after(trainer.Trainer, "run_step", tell)
+
+
+def compile_with(backend: str) -> None:
+    """What is compiled is compiled by this, which may need no compiler of C++."""
+    trainer.compile_blocks = functools.partial(trainer.compile_blocks, backend=backend)
 
 
 def keep_weights(folder: str) -> None:
