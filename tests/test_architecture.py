@@ -32,7 +32,7 @@ ALLOWED = {
     "pipeline": {"models", "diffusion", "data"},
     "bench": {"build", "models", "diffusion", "data", "training", "evaluation", "runtime"},
     "cli": {"commands", "runtime"},
-    "notebook": {"build", "commands", "runtime", "training"},
+    "notebook": {"build", "commands", "evaluation", "runtime", "training"},
     "__main__": {"cli"},
     "__init__": {"build", "notebook"},
 }  # fmt: skip

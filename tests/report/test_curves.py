@@ -76,7 +76,7 @@ def test_the_state_that_matplotlib_shares_is_left_alone(tmp_path):
     assert matplotlib.pyplot.get_fignums() == [] and dict(matplotlib.rcParams) == before
 
 
-def test_few_points_on_logarithmic_axes_are_each_marked_and_coloured_by_the_last_panel(tmp_path, monkeypatch):
+def test_points_on_logarithmic_axes_are_marked_if_asked_for_and_coloured_by_the_last_panel(tmp_path, monkeypatch):
     drawn: list[matplotlib.figure.Figure] = []
     save = matplotlib.figure.Figure.savefig
     monkeypatch.setattr(
@@ -85,7 +85,8 @@ def test_few_points_on_logarithmic_axes_are_each_marked_and_coloured_by_the_last
     x, few = torch.tensor([256.0, 512.0]), torch.tensor([1.0, 4.0])
     whole = {"first": (x, few), "second": (x, 2 * few)}
     part = {"second": (x[:1], few[:1])}
-    panels = [Panel("px", "s", part, True, has_log_x=True), Panel("px", "GMAC", whole, True, has_log_x=True)]
+    ways = {"is_log": True, "has_log_x": True, "has_points": True}
+    panels = [Panel("px", "s", part, **ways), Panel("px", "GMAC", whole, **ways)]
     save_curves(panels, tmp_path / "curves.png")
     left, right = drawn[0].axes
     assert left.get_xscale() == right.get_xscale() == "log"

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -165,7 +166,7 @@ def test_where_the_run_is_is_reported_with_every_record_and_what_takes_long(tmp_
 def test_a_status_that_cannot_be_written_does_not_end_training(tmp_path):
     notes: list[str] = []
     trainer = make_trainer(tmp_path, notes=notes)
-    (tmp_path / ".status.json.tmp").mkdir()
+    (tmp_path / f".status.json.{socket.gethostname()}.{os.getpid()}.tmp").mkdir()
     trainer.run()
     assert trainer.images == 128 and any("status.json" in note for note in notes)
 
