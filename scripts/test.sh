@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and tests, in .venv: bash scripts/test.sh [pytest arguments], such as --cov, or -m fault for all faults; all faults with their table: -m fault
+# Lint, types and tests, in .venv: bash scripts/test.sh [pytest arguments], such as --cov, or -m fault for all faults
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 use_environment dev
