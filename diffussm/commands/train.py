@@ -54,7 +54,10 @@ def run(options: argparse.Namespace) -> int:
     if find_place().world_size == 1 and _check(directory, config):  # before torch is loaded
         return 0
     with StopRequest() as stop:  # from now on, though it will be a while before there is a step to stop after
-        return _train(config, directory, stop, _command(options))
+        try:
+            return _train(config, directory, stop, _command(options))
+        finally:
+            directory.close()
 
 
 def _command(options: argparse.Namespace) -> str:
