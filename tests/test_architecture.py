@@ -74,6 +74,10 @@ ALLOWED_WITHIN = {
         "report": {"scaling", "suites", "timing", "workload"},
         "__init__": set(),
     },
+    "config": {
+        "schema": set(), "keys": {"schema"}, "validation": {"keys", "schema"},
+        "__init__": {"keys", "schema", "validation"},
+    },
     "build": {
         "instantiation": set(),
         "weights": set(),

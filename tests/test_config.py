@@ -9,9 +9,11 @@ from omegaconf import OmegaConf
 
 from diffussm import build, config
 from diffussm.compose import CONFIG_DIR, compose, expand, group_options, groups
+from diffussm.config.schema import SamplingConfig, TrainerConfig
+from diffussm.config.validation import parse_images
 from diffussm.runtime.errors import ConfigError
 
-SCHEMAS = [config.TrainerConfig, config.SamplingConfig, *config.ROOTS.values()]
+SCHEMAS = [TrainerConfig, SamplingConfig, *config.ROOTS.values()]
 
 
 def resolved(*overrides: str) -> dict:
@@ -135,7 +137,7 @@ def test_what_decides_the_result_is_fixed_and_what_does_not_is_free():
     [(5, 5), ("50k", 50_000), ("1.5M", 1_500_000), ("64Ki", 65_536), ("1Mi", 1_048_576), ("2m", 2_000_000)],
 )
 def test_image_counts_take_suffixes(text, images):
-    assert config.parse_images(text, "key") == images
+    assert parse_images(text, "key") == images
     assert (
         compose(
             "train", ["experiment=digits", f"trainer.total_images={text}", "trainer.batch_size=1"]
@@ -147,7 +149,7 @@ def test_image_counts_take_suffixes(text, images):
 @pytest.mark.parametrize("text", ["1.5", "k", "-5", "1e5", "5 k", "1.00001k", "5G", ""])
 def test_image_counts_that_are_none_are_refused(text):
     with pytest.raises(ConfigError, match=r"key=.*whole number of images"):
-        config.parse_images(text, "key")
+        parse_images(text, "key")
 
 
 def test_a_default_of_the_trainer_is_dits_recipe():
