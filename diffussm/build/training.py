@@ -117,11 +117,17 @@ def build_trainer(
     if settings.pop("profile") and processes.is_first:
         profile = Profile(run.path / "profile", system.device, _describe_work(config, processes, system.device))
 
+    is_told = False
+
     def report(facts: Mapping[str, Any]) -> None:
+        nonlocal is_told
         try:
             run.write_status("running", processes=processes.world_size, **facts)
+            is_told = False
         except (OSError, StorageError) as error:  # who looks from outside sees less; training need not end for it
-            warn(str(error))
+            if not is_told:
+                warn(str(error))
+            is_told = True
 
     return Trainer(
         model=system.model,

@@ -82,6 +82,12 @@ class RunDirectory(OwnedDirectory):
     def __init__(self, path: Path) -> None:
         super().__init__(path, "run_dir", "run_dir or name")
 
+    def open(self) -> None:
+        """As of any such directory; and clear away what a process that was killed has left of its status."""
+        super().open()
+        for left in self.path.glob(".status.json.*.tmp"):
+            left.unlink(missing_ok=True)
+
     @property
     def checkpoints(self) -> Path:
         """Where checkpoints are published."""
