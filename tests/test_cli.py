@@ -412,6 +412,12 @@ def test_the_same_command_again_only_reports(run, capsys):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_for_a_finished_run_no_processes_are_started(run, capsys, monkeypatch):
+    monkeypatch.setattr("diffussm.commands.train.launch", lambda *arguments: pytest.fail("starts them"))
+    assert main(["train", *SMALL_RUN, f"run_dir={run}", "trainer.num_processes=2"]) == 0
+    assert capsys.readouterr().out.count("finished at 128 images; nothing to do") == 1
+
+
 def test_a_changed_configuration_is_refused_with_a_diff(run, capsys):
     assert main(["train", *SMALL_RUN, f"run_dir={run}", "optimizer.lr=0.5"]) == 2
     assert "optimizer.lr: 0.008 -> 0.5" in capsys.readouterr().err
