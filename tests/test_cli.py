@@ -314,7 +314,15 @@ def test_help_names_verbs_groups_and_exit_codes(capsys):
         (["export", "--help"], ["DiffuSSMPipeline", "layout=diffusers", "weights=ema", "to=PATH"]),
         (
             ["train", "--help"],
-            ["experiment=", "diffussm_xl", "image_folder", "75 stopped by a signal", "-m sweep=NAME"],
+            [
+                "experiment=",
+                "diffussm_xl",
+                "image_folder",
+                "75 stopped by a signal",
+                "-m sweep=NAME",
+                "trainer.num_processes=8",
+                "trainer.parallel=fsdp",
+            ],
         ),
         (["status", "--help"], ["RUN_DIR ...", "--json", "stalled", "Exit codes: 0 running or finished"]),
         (["encode", "--help"], ["to=DIR", "image_folder", "torchrun"]),
