@@ -55,6 +55,12 @@ DESCRIPTIONS = {
           trainer.ema_decays=[0.9999]   averages of the weights; trainer.ema_power=[0.05,0.1]: also of these shares
                                         of the run, and trainer.ema_snapshot_every_images=1M: kept for later
           trainer.device_batch_size=    split a step into several passes, to fit the memory
+          model.activation_checkpointing=true
+                                        compute activations again instead of keeping them
+          trainer.num_processes=8       one for each GPU, started here (torchrun and srun: leave it out);
+                                        trainer.max_restarts=3 on end when one is lost
+          trainer.parallel=fsdp         a part of the model in each of them, where it fits no device whole
+          trainer.num_workers=2         processes that read images, for each one that trains
           evaluation=NAME               what `diffussm evaluate` will measure; none for nothing
           logger=tensorboard            or wandb, or [tensorboard,wandb]: where metrics.jsonl is shown too
           evaluation.every_images=1M    measure in training too, on all processes; the best checkpoint is kept in

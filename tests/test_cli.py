@@ -314,7 +314,15 @@ def test_help_names_verbs_groups_and_exit_codes(capsys):
         (["export", "--help"], ["DiffuSSMPipeline", "layout=diffusers", "weights=ema", "to=PATH"]),
         (
             ["train", "--help"],
-            ["experiment=", "diffussm_xl", "image_folder", "75 stopped by a signal", "-m sweep=NAME"],
+            [
+                "experiment=",
+                "diffussm_xl",
+                "image_folder",
+                "75 stopped by a signal",
+                "-m sweep=NAME",
+                "trainer.num_processes=8",
+                "trainer.parallel=fsdp",
+            ],
         ),
         (["status", "--help"], ["RUN_DIR ...", "--json", "stalled", "Exit codes: 0 running or finished"]),
         (["encode", "--help"], ["to=DIR", "image_folder", "torchrun"]),
@@ -410,6 +418,12 @@ def test_the_same_command_again_only_reports(run, capsys):
     assert main(["train", *SMALL_RUN, f"run_dir={run}"]) == 0
     assert "finished at 128 images; nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_for_a_finished_run_no_processes_are_started(run, capsys, monkeypatch):
+    monkeypatch.setattr("diffussm.commands.train.launch", lambda *arguments: pytest.fail("starts them"))
+    assert main(["train", *SMALL_RUN, f"run_dir={run}", "trainer.num_processes=2"]) == 0
+    assert capsys.readouterr().out.count("finished at 128 images; nothing to do") == 1
 
 
 def test_a_changed_configuration_is_refused_with_a_diff(run, capsys):

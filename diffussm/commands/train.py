@@ -46,7 +46,8 @@ def run(options: argparse.Namespace) -> int:
     if config.trainer.dry_run:
         return _dry_run(directory, config)
     if processes := _num_to_launch(config):
-        _check(directory, config)
+        if _check(directory, config):
+            return 0
         command = [sys.executable, "-m", "diffussm", "train", *options.overrides]
         if options.config_dir:
             command += ["--config-dir", str(options.config_dir)]

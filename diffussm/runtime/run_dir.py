@@ -104,7 +104,10 @@ class RunDirectory(OwnedDirectory):
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text())
+            status = json.loads(path.read_text())
+            if not (isinstance(status, dict) and "state" in status):
+                raise ValueError("no status")
+            return status
         except ValueError:
             raise RunDirectoryError(f"{path}: damaged: delete it; the checkpoints say where the run is") from None
 

@@ -114,7 +114,8 @@ class Progress:
     def eta_seconds(self) -> float | None:
         """How long the rest takes, at the mean speed so far, whatever the time went into."""
         elapsed, done = time.monotonic() - self._started, self.done - self.initial
-        return (self.total - self.done) * elapsed / done if done else None
+        # The last step may go beyond the total.
+        return max(self.total - self.done, 0) * elapsed / done if done else None
 
     def advance(self, amount: int, facts: Callable[[], Mapping[str, str]] = dict) -> None:
         """Count `amount` more; `facts` is asked only when something will be shown."""

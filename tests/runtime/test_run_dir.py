@@ -40,6 +40,16 @@ def test_status_is_read_back_with_its_facts(tmp_path):
     assert json.loads((tmp_path / "status.json").read_text()) == status
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff{", b"[]", b"null", b'{"images": 7}'])
+def test_a_status_that_is_none_is_damaged_and_gives_way_to_the_next(tmp_path, content):
+    run = RunDirectory(tmp_path)
+    (tmp_path / "status.json").write_bytes(content)
+    with pytest.raises(RunDirectoryError, match=r"status\.json: damaged: delete it"):
+        run.read_status()
+    run.write_status("running")
+    assert (run.read_status() or {})["state"] == "running"
+
+
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     target = tmp_path / "file"
     write_atomically(target, b"old")

@@ -114,6 +114,14 @@ def test_progress_draws_a_bar_on_a_terminal(monkeypatch, capsys):
     assert "70/100" in shown.replace(".0", "") and "a note" in shown
 
 
+def test_a_last_step_beyond_the_total_leaves_no_time(capsys):
+    progress = Progress(total=100, initial=0, unit="img")
+    progress._started -= 1000  # so that the step has taken long
+    progress.advance(112)
+    assert progress.eta_seconds == 0
+    assert "112 / 100 img (112 %)  ETA 0:00:00" in capsys.readouterr().err
+
+
 def test_a_record_that_finds_no_room_waits_and_leaves_no_half_line(tmp_path, monkeypatch):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write({"images": 10})
