@@ -12,6 +12,7 @@ from PIL import Image
 from diffussm.cli import main
 from diffussm.data.images import Digits
 from diffussm.data.samples import open_samples
+from diffussm.runtime.errors import Preempted
 
 WAYS = ("sampler.num_steps=2", "sampling.weights=model")
 
@@ -160,6 +161,23 @@ def test_features_stay_on_request(run, tmp_path):
     assert main(["evaluate", *asked]) == 0
     (folder,) = tmp_path.glob("a.features-*")
     assert sorted(file.name for file in folder.glob("0*")) == [f"{number:06d}.safetensors" for number in range(3)]
+
+
+def test_a_stop_while_real_images_are_measured_keeps_the_features_of_the_samples(run, tmp_path, monkeypatch):
+    out = tmp_path / "a.json"
+    asked = ("evaluate", f"checkpoint={run}", f"out={out}", "metrics=[fid,vlb]", "likelihood_images=2", *WAYS)
+
+    def stopped(*arguments, **options):
+        raise Preempted("stopped by signal")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffussm.commands.measuring.measure_images", stopped)
+        assert main(asked) == 75
+    assert list(tmp_path.glob("a.features-*/0*.safetensors")) and not out.exists()
+    monkeypatch.setattr("diffussm.evaluation.generate.Generator.generate", lambda *_: pytest.fail("drawn again"))
+    assert main(asked) == 0
+    assert {"metrics", "image_metrics"} < results(out).keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.jsonl"]
 
 
 def test_samples_of_an_earlier_version_are_known(run, drawn, tmp_path, capsys):
