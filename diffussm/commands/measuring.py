@@ -32,7 +32,7 @@ from diffussm.evaluation.evaluator import Evaluation
 from diffussm.evaluation.likelihood import chosen_images, measure_images
 from diffussm.evaluation.streams import GeneratedStream, ImageStream, StoredStream
 from diffussm.runtime.errors import ConfigError, Preempted
-from diffussm.runtime.run_dir import refuse_unwritable, write_json
+from diffussm.runtime.run_dir import append_line, refuse_unwritable, write_json
 from diffussm.runtime.work_list import WorkList
 from diffussm.training.checkpoint import Checkpoint
 from diffussm.training.logging import Progress
@@ -287,8 +287,7 @@ def _find(out: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
 def _store(results: Mapping[str, Any], out: Path) -> None:
     """As the latest result, and as one more of all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_suffix(".jsonl").open("a") as file:
-        file.write(json.dumps(results) + "\n")
+    append_line(out.with_suffix(".jsonl"), json.dumps(results))
     write_json(out, results)
 
 
