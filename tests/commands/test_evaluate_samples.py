@@ -180,6 +180,16 @@ def test_a_stop_while_real_images_are_measured_keeps_the_features_of_the_samples
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.jsonl"]
 
 
+def test_samples_that_have_lost_a_file_are_not_there(run, drawn, tmp_path, capsys):
+    for form, name in (("png", "000149.png"), ("npz", "samples.npz"), ("tar", "shard-000002.tar")):
+        shutil.copytree(drawn / form, tmp_path / form)
+        asked = ("num_images=150", "labels=balanced", "range_size=64", f"format={form}", f"out={tmp_path / form}")
+        assert main(["sample", f"checkpoint={run}", *WAYS, *asked]) == 0
+        (tmp_path / form / name).unlink()
+        assert main(["sample", f"checkpoint={run}", *WAYS, *asked]) == 73
+        assert f"{tmp_path / form / name}: is gone: delete" in capsys.readouterr().err
+
+
 def test_samples_of_an_earlier_version_are_known(run, drawn, tmp_path, capsys):
     asked = ["sample", f"checkpoint={run}", "num_images=4", f"out={tmp_path / 'out'}"]
     assert main(asked) == 0
