@@ -5,12 +5,14 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from diffussm.build import System, build_evaluation, build_source, construct, load_weights
+from diffussm.commands import note
 from diffussm.commands.from_checkpoint import (
     build_system,
     digest,
@@ -30,6 +32,7 @@ from diffussm.data.loader import is_latent_set
 from diffussm.data.samples import open_samples
 from diffussm.evaluation.evaluator import Evaluation
 from diffussm.evaluation.likelihood import chosen_images, measure_images
+from diffussm.evaluation.metrics import SPLIT_SIZE
 from diffussm.evaluation.streams import GeneratedStream, ImageStream, StoredStream
 from diffussm.runtime.errors import ConfigError, Preempted
 from diffussm.runtime.run_dir import append_line, refuse_unwritable, write_json
@@ -89,6 +92,12 @@ def measure_samples(options: argparse.Namespace, job: Job) -> Answer:
 
     evaluation, request, gate = processes.on_all(build)
     results = processes.on_first(lambda: _find(out, request))
+    scored = {*evaluation.comparison.available} & {*(config.metrics or SAMPLE_METRICS)}
+    if processes.is_first and "is" in scored and _is_sorted(samples.labels):
+        note(
+            f"{samples.path}: IS is of chunks of {SPLIT_SIZE:,} images, and these are in the order of their "
+            "classes, which makes it small: mix them"
+        )
     if results is None:
         stream = StoredStream(samples, config.sampling.batch_size)
         with _features(stream, config, request, out, job) as work:
@@ -162,6 +171,13 @@ def measure_checkpoint(options: argparse.Namespace, job: Job) -> Answer:
             processes.on_first(lambda: _store(results, out))
     drawn = f", {_describe(config)}" if of_samples else ""
     return Answer(results, out, f"{results['weights']}{drawn}", gate, run_path(checkpoint), train_state["images"])
+
+
+def _is_sorted(labels: Sequence[int] | None) -> bool:
+    """Whether there are more of them than a chunk of the Inception Score has, one class after the other."""
+    if labels is None or len(labels) <= SPLIT_SIZE:
+        return False
+    return 1 < len({*labels}) == sum(1 for _ in groupby(labels))
 
 
 def _of_samples(config: DictConfig) -> list[str]:

@@ -16,6 +16,7 @@ from diffussm.evaluation.statistics import FeatureStatistics
 Array = np.ndarray | Tensor
 NOISE = 10
 ALIKE = 1e-8  # of the greatest eigenvalue: roots of those above it are right to 1e-12 of its root
+SPLIT_SIZE = 5000  # of the chunks of the Inception Score
 
 
 class FrechetDistance:
@@ -109,7 +110,7 @@ def extrapolated_distance(distance: FrechetDistance, parts: Sequence[FeatureStat
     return float(np.polyfit(inverse_sizes, distances, 1)[1])
 
 
-def inception_score(logits: Float[Tensor, "N classes"], split_size: int = 5000) -> float:
+def inception_score(logits: Float[Tensor, "N classes"], split_size: int = SPLIT_SIZE) -> float:
     """exp(E KL(p(y|x) || p(y))), the mean over consecutive chunks of `split_size` samples.
 
     Class-sorted samples collapse it: hand them over in random order.

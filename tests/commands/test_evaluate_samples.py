@@ -190,6 +190,16 @@ def test_samples_that_have_lost_a_file_are_not_there(run, drawn, tmp_path, capsy
         assert f"{tmp_path / form / name}: is gone: delete" in capsys.readouterr().err
 
 
+def test_the_inception_score_of_sorted_samples_comes_with_a_remark(in_tmp, monkeypatch, capsys):
+    monkeypatch.setattr("diffussm.commands.measuring.SPLIT_SIZE", 100)
+    images, labels = Digits().images[:300].permute(0, 2, 3, 1).numpy(), np.arange(300) // 30
+    remark = "IS is of chunks of 100 images, and these are in the order of their classes"
+    for name, order in (("sorted", labels), ("mixed", labels[::-1].reshape(10, 30).T.ravel())):
+        np.savez(f"{name}.npz", arr_0=images, labels=order)
+        assert main(["evaluate", f"samples={name}.npz", "evaluation=digits"]) == 0
+        assert (remark in " ".join(capsys.readouterr().err.split())) == (name == "sorted")
+
+
 def test_samples_of_an_earlier_version_are_known(run, drawn, tmp_path, capsys):
     asked = ["sample", f"checkpoint={run}", "num_images=4", f"out={tmp_path / 'out'}"]
     assert main(asked) == 0
