@@ -158,7 +158,10 @@ DESCRIPTIONS = {
                                         as for `sample`
           metrics=[fid,is]              of fid, sfid, is, precision, recall, kid, density, coverage,
                                         class_agreement (default: those that the reference allows)
-          evaluation.intervals=true     also 95% confidence intervals
+          evaluation.intervals=true evaluation.extrapolate=true
+                                        also 95% confidence intervals; FID at infinitely many samples
+          evaluation.extractor.weights=FILE
+                                        of DINOv2, or of Inception (default: those in torch's cache)
           metrics=[vlb]                 the exact variational bound on real images, in bits per dimension, the
                                         predicted x_0 clipped to the range of pixels
           metrics=[loss]                the training objective on real images, at evenly spaced timesteps

@@ -11,6 +11,7 @@ import torch
 
 from diffussm.commands import note, print_config
 from diffussm.commands.from_checkpoint import open_checkpoint
+from diffussm.commands.gate import conclude
 from diffussm.commands.in_processes import Job, in_processes
 from diffussm.commands.measuring import GROUPS, Answer, measure_checkpoint, measure_samples
 from diffussm.compose import compose, override_value
@@ -51,7 +52,7 @@ def _evaluate(options: argparse.Namespace, job: Job) -> int:
     if subject == "checkpoints":
         _draw_curves(answers)
     print(f"results      {answers[-1].out}")
-    return max([answer.gate.conclude(answer.results) for answer in answers])
+    return conclude([(answer.gate, answer.results) for answer in answers])
 
 
 def _print_config(options: argparse.Namespace) -> int:

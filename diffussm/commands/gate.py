@@ -1,6 +1,6 @@
 """The gate of `evaluate`: judge results by limits and a baseline, or add them to one."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from diffussm.commands.in_processes import FAILED
 from diffussm.config import GATED, MODEL_METRICS
 from diffussm.evaluation.baseline import Baseline
 from diffussm.evaluation.evaluator import Evaluation
-from diffussm.evaluation.gate import Rule, Spread, judge, name_of
+from diffussm.evaluation.gate import Rule, Spread, Verdict, judge, name_of
 from diffussm.report.verdicts import junit, markdown
 from diffussm.runtime.errors import ConfigError
 from diffussm.runtime.run_dir import refuse_unwritable, write_atomically
@@ -46,30 +46,28 @@ class Gate:
         if self.to_add is not None and self.to_add.exists():
             Baseline.read(self.to_add, "gate.add_to").refuse_other(request)
 
-    def conclude(self, results: Mapping[str, Any]) -> int:
-        """Print a line for each verdict, write what was asked for; the exit code: 0, or 1 if a limit is broken."""
+    def judge(self, results: Mapping[str, Any]) -> list[Verdict]:
+        """The verdicts, none without limits; before, add the results to the baseline that they were for."""
         metrics = {**results.get("image_metrics", {}), **results.get("metrics", {})}
         if self.to_add is not None:
             kept = {title: value for title, value in metrics.items() if name_of(title) in GATED}
             known = {title: value for title, value in kept.items() if value is not None}
             count = Baseline(self.to_add, "gate.add_to").add(self.request, known)
             print(f"baseline     {self.to_add}: {count} result(s)")
-        verdicts = judge(metrics, self.rules, self.baseline, self.deviations)
-        if not verdicts:
-            return 0
-        for verdict in verdicts:
-            print(f"gate         {verdict}")
-        facts = self._facts(results)
-        if self.junit is not None:
-            write_atomically(self.junit, junit(verdicts, facts))
-        if self.summary is not None:
-            self.summary.parent.mkdir(parents=True, exist_ok=True)
-            with self.summary.open("a") as file:
-                file.write(markdown(verdicts, facts))
-        broken = list(dict.fromkeys(verdict.metric for verdict in verdicts if not verdict.passed))
-        if broken:
-            note(f"gate failed: {', '.join(broken)}")
-        return FAILED if broken else 0
+        return judge(metrics, self.rules, self.baseline, self.deviations)
+
+    def facts(self, results: Mapping[str, Any]) -> dict[str, str]:
+        """Of what was judged, for those who read the verdicts elsewhere."""
+        facts = {}
+        if checkpoint := self.request.get("checkpoint"):
+            facts["checkpoint"] = f"{checkpoint['path']} ({checkpoint['sha256'][:8]})"
+        if "weights" in results:
+            facts["weights"] = str(results["weights"])
+        if "metrics" in results:
+            facts["samples"] = f"{results['metrics']['num_samples']:,}"
+        if "reference" in self.request:
+            facts["reference"] = str(self.request["reference"]["file"])
+        return facts
 
     def _read(self, path: Path, measured: Collection[str]) -> dict[str, Spread]:
         baseline = Baseline.read(path, "gate.relative_to")
@@ -92,18 +90,33 @@ class Gate:
                 )
         return spreads
 
-    def _facts(self, results: Mapping[str, Any]) -> dict[str, str]:
-        """Of what was judged, for those who read the verdicts elsewhere."""
-        facts = {}
-        if checkpoint := self.request.get("checkpoint"):
-            facts["checkpoint"] = f"{checkpoint['path']} ({checkpoint['sha256'][:8]})"
-        if "weights" in results:
-            facts["weights"] = str(results["weights"])
-        if "metrics" in results:
-            facts["samples"] = f"{results['metrics']['num_samples']:,}"
-        if "reference" in self.request:
-            facts["reference"] = str(self.request["reference"]["file"])
-        return facts
+
+def conclude(judged: Sequence[tuple[Gate, Mapping[str, Any]]]) -> int:
+    """Print a line for each verdict, write what was asked for; the exit code: 0, or 1 if a limit is broken.
+
+    Args:
+        judged: what each of the things that were measured is held to, and its results.
+    """
+    suites = [(verdicts, gate.facts(results)) for gate, results in judged if (verdicts := gate.judge(results))]
+    if not suites:
+        return 0
+    first, _ = judged[0]  # all have the same settings
+    broken: list[str] = []
+    for verdicts, facts in suites:
+        if len(judged) > 1:
+            print(f"gate         of {facts.get('checkpoint')}:")
+        for verdict in verdicts:
+            print(f"gate         {verdict}")
+        broken += [verdict.metric for verdict in verdicts if not verdict.passed]
+    if first.junit is not None:
+        write_atomically(first.junit, junit(suites))
+    if first.summary is not None:
+        first.summary.parent.mkdir(parents=True, exist_ok=True)
+        with first.summary.open("a") as file:
+            file.writelines(markdown(verdicts, facts) for verdicts, facts in suites)
+    if broken:
+        note(f"gate failed: {', '.join(dict.fromkeys(broken))}")
+    return FAILED if broken else 0
 
 
 def measured_names(evaluation: Evaluation | None, chosen: Collection[str]) -> list[str]:

@@ -1,15 +1,18 @@
 """What `evaluate` measures, a checkpoint or stored samples, and where it keeps the answers."""
 
 import argparse
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from diffussm.build import System, build_evaluation, build_source, construct, load_weights
+from diffussm.commands import note
 from diffussm.commands.from_checkpoint import (
     build_system,
     digest,
@@ -29,9 +32,10 @@ from diffussm.data.loader import is_latent_set
 from diffussm.data.samples import open_samples
 from diffussm.evaluation.evaluator import Evaluation
 from diffussm.evaluation.likelihood import chosen_images, measure_images
+from diffussm.evaluation.metrics import SPLIT_SIZE
 from diffussm.evaluation.streams import GeneratedStream, ImageStream, StoredStream
 from diffussm.runtime.errors import ConfigError, Preempted
-from diffussm.runtime.run_dir import refuse_unwritable, write_json
+from diffussm.runtime.run_dir import append_line, refuse_unwritable, write_json
 from diffussm.runtime.work_list import WorkList
 from diffussm.training.checkpoint import Checkpoint
 from diffussm.training.logging import Progress
@@ -88,11 +92,18 @@ def measure_samples(options: argparse.Namespace, job: Job) -> Answer:
 
     evaluation, request, gate = processes.on_all(build)
     results = processes.on_first(lambda: _find(out, request))
+    scored = {*evaluation.comparison.available} & {*(config.metrics or SAMPLE_METRICS)}
+    if processes.is_first and "is" in scored and _is_sorted(samples.labels):
+        note(
+            f"{samples.path}: IS is of chunks of {SPLIT_SIZE:,} images, and these are in the order of their "
+            "classes, which makes it small: mix them"
+        )
     if results is None:
         stream = StoredStream(samples, config.sampling.batch_size)
-        metrics = _measure(evaluation, stream, config, request, out, job, config.metrics or SAMPLE_METRICS)
-        results = {"request": request, **metrics}
-        processes.on_first(lambda: _store(results, out))
+        with _features(stream, config, request, out, job) as work:
+            metrics = _measure(evaluation, stream, work, job, config.metrics or SAMPLE_METRICS)
+            results = {"request": request, **metrics}
+            processes.on_first(lambda: _store(results, out))
     return Answer(results, out, str(config.samples), gate)
 
 
@@ -147,46 +158,56 @@ def measure_checkpoint(options: argparse.Namespace, job: Job) -> Answer:
     if results is None:
         load = lambda: load_weights(checkpoint, system.model, config.sampling.weights)  # noqa: E731
         results = {"weights": processes.on_all(load), "request": request}
-        if evaluation is not None:
-            stream = GeneratedStream(generator, evaluation.num_samples, config.labels)
-            results |= _measure(evaluation, stream, config, request, out, job, of_samples)
-        if source is not None:
-            images = source
-            results["image_metrics"] = processes.on_first(
-                lambda: _measure_model(images, measures, system, trained, config, request["data"]["measured"], job)
-            )
-        processes.on_first(lambda: _store(results, out))
+        with contextlib.ExitStack() as until_stored:
+            if evaluation is not None:
+                stream = GeneratedStream(generator, evaluation.num_samples, config.labels)
+                work = until_stored.enter_context(_features(stream, config, request, out, job))
+                results |= _measure(evaluation, stream, work, job, of_samples)
+            if source is not None:
+                images, count = source, request["data"]["measured"]
+                results["image_metrics"] = processes.on_first(
+                    lambda: _measure_model(images, measures, system, trained, config, count, job)
+                )
+            processes.on_first(lambda: _store(results, out))
     drawn = f", {_describe(config)}" if of_samples else ""
     return Answer(results, out, f"{results['weights']}{drawn}", gate, run_path(checkpoint), train_state["images"])
+
+
+def _is_sorted(labels: Sequence[int] | None) -> bool:
+    """Whether there are more of them than a chunk of the Inception Score has, one class after the other."""
+    if labels is None or len(labels) <= SPLIT_SIZE:
+        return False
+    return 1 < len({*labels}) == sum(1 for _ in groupby(labels))
 
 
 def _of_samples(config: DictConfig) -> list[str]:
     return [name for name in config.metrics or SAMPLE_METRICS if name in SAMPLE_METRICS]
 
 
-def _measure(
-    evaluation: Evaluation,
-    stream: ImageStream,
-    config: DictConfig,
-    request: Mapping[str, Any],
-    out: Path,
-    job: Job,
-    wanted: Sequence[str],
-) -> dict[str, Any]:
-    """`metrics` and `real_against_real`, in the first process; features wait beside the answer meanwhile."""
+@contextlib.contextmanager
+def _features(
+    stream: ImageStream, config: DictConfig, request: Mapping[str, Any], out: Path, job: Job
+) -> Iterator[WorkList]:
+    """Where the features of a stream wait beside the answer, until that is stored at the end of the block."""
     identity = digest(request)
-    work = WorkList(
-        out.with_name(f"{out.stem}.features-{identity}"), len(stream), config.range_size, ".safetensors"
-    )
+    path = out.with_name(f"{out.stem}.features-{identity}")
+    work = WorkList(path, len(stream), config.range_size, ".safetensors")
     work.open(identity, job.processes)
     try:
-        with job.undertake(work) as (undertaking, show):
-            metrics = evaluation.run(stream, work, undertaking, job.device, show, wanted)
-        real = evaluation.real_against_real(job.device, wanted) if job.processes.is_first else None
+        yield work
         if not config.keep_features:
             work.remove()
     finally:
         work.close()
+
+
+def _measure(
+    evaluation: Evaluation, stream: ImageStream, work: WorkList, job: Job, wanted: Sequence[str]
+) -> dict[str, Any]:
+    """`metrics` and `real_against_real`, in the first process."""
+    with job.undertake(work) as (undertaking, show):
+        metrics = evaluation.run(stream, work, undertaking, job.device, show, wanted)
+    real = evaluation.real_against_real(job.device, wanted) if job.processes.is_first else None
     return {"metrics": metrics, "real_against_real": real}
 
 
@@ -282,8 +303,7 @@ def _find(out: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
 def _store(results: Mapping[str, Any], out: Path) -> None:
     """As the latest result, and as one more of all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_suffix(".jsonl").open("a") as file:
-        file.write(json.dumps(results) + "\n")
+    append_line(out.with_suffix(".jsonl"), json.dumps(results))
     write_json(out, results)
 
 

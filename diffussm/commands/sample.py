@@ -66,6 +66,7 @@ def draw(checkpoint: Checkpoint, trained: DictConfig, config: DictConfig, job: J
     request = processes.on_all(lambda: request_of(checkpoint, config))
     out = Path(config.out or run_path(checkpoint) / "samples" / f"{checkpoint.path.name}-{digest(request)}")
     if processes.on_first(lambda: is_complete(out, request)):
+        processes.on_first(lambda: _refuse_gaps(out, config))
         return out, False
 
     def build() -> tuple[GeneratedStream, str]:
@@ -143,6 +144,19 @@ def is_complete(out: Path, request: Mapping[str, Any]) -> bool:
     if answer["complete"] and (out / UNFINISHED).exists():  # killed at the very end
         shutil.rmtree(out / UNFINISHED)
     return answer["complete"]
+
+
+def _refuse_gaps(out: Path, config: DictConfig) -> None:
+    """RunDirectoryError if complete samples have lost a file since."""
+    if config.format == "npz":
+        names = [NPZ]
+    elif config.format == "tar":
+        names = [f"shard-{number:06d}.tar" for number in range(math.ceil(config.num_images / config.range_size))]
+    else:
+        names = [f"{index:06d}.png" for index in range(config.num_images)]
+    there = {file.name for file in out.iterdir()}
+    if gone := [name for name in names if name not in there]:
+        raise RunDirectoryError(f"{out / gone[0]}: is gone: delete {out} to draw all anew, or choose another out=")
 
 
 def choose_classes(

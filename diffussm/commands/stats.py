@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
             {
                 "data": source.fingerprint,
                 "preprocessing": _preprocessing(source),
-                "extractor": {"name": name, "sha256": extractor.sha256},
+                "extractor": {"name": name, "sha256": extractor.sha256, **extractor.settings},
                 "num_images": min(config.num_images, len(source)),
                 "seed": config.seed,
             }

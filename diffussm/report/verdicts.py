@@ -10,22 +10,26 @@ if TYPE_CHECKING:
 SUITE = "diffussm.gate"
 
 
-def junit(verdicts: Sequence["Verdict"], facts: Mapping[str, str]) -> bytes:
-    """A test suite with a case for each verdict; the facts are its properties."""
-    failures = str(sum(not verdict.passed for verdict in verdicts))
-    counts = {"tests": str(len(verdicts)), "failures": failures, "errors": "0"}
-    root = ET.Element("testsuites", counts)
-    suite = ET.SubElement(root, "testsuite", {"name": SUITE, **counts, "skipped": "0"})
-    properties = ET.SubElement(suite, "properties")
-    for name, value in facts.items():
-        ET.SubElement(properties, "property", {"name": name, "value": value})
-    for verdict in verdicts:
-        name = f"{verdict.metric} {verdict.bound} ({verdict.because})"
-        case = ET.SubElement(suite, "testcase", {"classname": SUITE, "name": name})
-        if not verdict.passed:
-            ET.SubElement(case, "failure", {"message": f"{verdict.metric} {verdict.found}: {verdict.bound}"})
+def junit(suites: Sequence[tuple[Sequence["Verdict"], Mapping[str, str]]]) -> bytes:
+    """A test suite for each thing that was judged, with a case for each verdict; the facts are its properties."""
+    root = ET.Element("testsuites", _counts([verdict for verdicts, _ in suites for verdict in verdicts]))
+    for verdicts, facts in suites:
+        suite = ET.SubElement(root, "testsuite", {"name": SUITE, **_counts(verdicts), "skipped": "0"})
+        properties = ET.SubElement(suite, "properties")
+        for name, value in facts.items():
+            ET.SubElement(properties, "property", {"name": name, "value": value})
+        for verdict in verdicts:
+            name = f"{verdict.metric} {verdict.bound} ({verdict.because})"
+            case = ET.SubElement(suite, "testcase", {"classname": SUITE, "name": name})
+            if not verdict.passed:
+                ET.SubElement(case, "failure", {"message": f"{verdict.metric} {verdict.found}: {verdict.bound}"})
     ET.indent(root)
     return ET.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n"
+
+
+def _counts(verdicts: Sequence["Verdict"]) -> dict[str, str]:
+    failures = sum(not verdict.passed for verdict in verdicts)
+    return {"tests": str(len(verdicts)), "failures": str(failures), "errors": "0"}
 
 
 def markdown(verdicts: Sequence["Verdict"], facts: Mapping[str, str]) -> str:

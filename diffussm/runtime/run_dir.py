@@ -181,6 +181,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, and nothing to what a kill has left of the line before."""
+    with path.open("a+b") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        is_whole = file.read(1) in (b"", b"\n")
+        file.write(b"" if is_whole else b"\n")
+        file.write(f"{line}\n".encode())
+
+
 def write_and_sync(path: Path, content: bytes) -> None:
     """Write through our own file object, so that a full disk is an OSError, and force it to the disk."""
     with path.open("wb") as file:

@@ -12,6 +12,7 @@ from PIL import Image
 from diffussm.cli import main
 from diffussm.data.images import Digits
 from diffussm.data.samples import open_samples
+from diffussm.runtime.errors import Preempted
 
 WAYS = ("sampler.num_steps=2", "sampling.weights=model")
 
@@ -160,6 +161,43 @@ def test_features_stay_on_request(run, tmp_path):
     assert main(["evaluate", *asked]) == 0
     (folder,) = tmp_path.glob("a.features-*")
     assert sorted(file.name for file in folder.glob("0*")) == [f"{number:06d}.safetensors" for number in range(3)]
+
+
+def test_a_stop_while_real_images_are_measured_keeps_the_features_of_the_samples(run, tmp_path, monkeypatch):
+    out = tmp_path / "a.json"
+    asked = ("evaluate", f"checkpoint={run}", f"out={out}", "metrics=[fid,vlb]", "likelihood_images=2", *WAYS)
+
+    def stopped(*arguments, **options):
+        raise Preempted("stopped by signal")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffussm.commands.measuring.measure_images", stopped)
+        assert main(asked) == 75
+    assert list(tmp_path.glob("a.features-*/0*.safetensors")) and not out.exists()
+    monkeypatch.setattr("diffussm.evaluation.generate.Generator.generate", lambda *_: pytest.fail("drawn again"))
+    assert main(asked) == 0
+    assert {"metrics", "image_metrics"} < results(out).keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.jsonl"]
+
+
+def test_samples_that_have_lost_a_file_are_not_there(run, drawn, tmp_path, capsys):
+    for form, name in (("png", "000149.png"), ("npz", "samples.npz"), ("tar", "shard-000002.tar")):
+        shutil.copytree(drawn / form, tmp_path / form)
+        asked = ("num_images=150", "labels=balanced", "range_size=64", f"format={form}", f"out={tmp_path / form}")
+        assert main(["sample", f"checkpoint={run}", *WAYS, *asked]) == 0
+        (tmp_path / form / name).unlink()
+        assert main(["sample", f"checkpoint={run}", *WAYS, *asked]) == 73
+        assert f"{tmp_path / form / name}: is gone: delete" in capsys.readouterr().err
+
+
+def test_the_inception_score_of_sorted_samples_comes_with_a_remark(in_tmp, monkeypatch, capsys):
+    monkeypatch.setattr("diffussm.commands.measuring.SPLIT_SIZE", 100)
+    images, labels = Digits().images[:300].permute(0, 2, 3, 1).numpy(), np.arange(300) // 30
+    remark = "IS is of chunks of 100 images, and these are in the order of their classes"
+    for name, order in (("sorted", labels), ("mixed", labels[::-1].reshape(10, 30).T.ravel())):
+        np.savez(f"{name}.npz", arr_0=images, labels=order)
+        assert main(["evaluate", f"samples={name}.npz", "evaluation=digits"]) == 0
+        assert (remark in " ".join(capsys.readouterr().err.split())) == (name == "sorted")
 
 
 def test_samples_of_an_earlier_version_are_known(run, drawn, tmp_path, capsys):

@@ -65,6 +65,25 @@ def test_verdicts_are_written_as_junit_and_appended_to_the_summary(run, tmp_path
     assert text.startswith("before\n### Gate: 1 of 1 limits broken") and "### Gate: all 1 limits held" in text
 
 
+def test_every_checkpoint_is_judged_and_none_hides_another(run, tmp_path, capsys):
+    """Of several, one that fails fails all, in the files too."""
+    asked = ("metrics=[fid]", f"out={tmp_path / 'results.json'}")
+    pattern = f"checkpoints={run / 'checkpoints' / '*'}"
+    assert main(["evaluate", pattern, *asked]) == 0
+    history = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    found = {entry["request"]["checkpoint"]["path"]: entry["metrics"]["FID-digits"] for entry in history}
+    assert len(found) == 2
+    capsys.readouterr()
+    files = (f"gate.junit={tmp_path / 'gate.xml'}", f"gate.summary={tmp_path / 'gate.md'}")
+    assert main(["evaluate", pattern, *asked, f"gate.fid_max={sum(found.values()) / 2}", *files]) == 1
+    captured = capsys.readouterr()
+    assert all(f"gate         of {path} (" in captured.out for path in found)
+    assert captured.err.splitlines()[-1] == "diffussm: gate failed: FID-digits"
+    root = ET.parse(tmp_path / "gate.xml").getroot()
+    assert (root.get("tests"), root.get("failures"), len(root.findall("testsuite"))) == ("2", "1", 2)
+    assert (tmp_path / "gate.md").read_text().count("### Gate: ") == 2
+
+
 REFUSALS = [
     # overrides, exit code, what the line says; {root} is where run and baseline.json are
     (["gate.fdi_max=6"], 2, "gate.fdi_max: no such key (did you mean fid_max?)"),

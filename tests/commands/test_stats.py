@@ -30,6 +30,9 @@ class Colours:
 
     name, sha256, image_shape = "colours", "c0ffee", (3, 16, 16)
 
+    def __init__(self, **settings):
+        self.settings = settings
+
     def __call__(self, images):
         values = images.float()
         return Features(values.mean(dim=(2, 3)), values[:, :, 0].flatten(1), values[:, :, 0, 0])
@@ -132,6 +135,16 @@ def test_unreadable_images_are_listed_and_others_take_their_place(in_tmp, monkey
         assert arrays["mu_s"].shape == (48,)
         pixels = "image_folder, upright, 8 bits of RGB, transparency over white, ADM's centre crop to 16x16"
         assert str(arrays["preprocessing"]) == pixels
+
+
+def test_statistics_of_other_arithmetic_are_another_request(in_tmp, monkeypatch, capsys):
+    make_photographs(Path("photographs"), 4)
+    command = ["stats", "data=image_folder", "data.path=photographs", "data.resolution=16", "num_workers=0"]
+    for settings, code in (({}, 0), ({"precision": "bf16"}, 73), ({}, 0)):
+        extractor = Colours(**settings)
+        monkeypatch.setattr("diffussm.build.evaluating.construct", lambda node, key, made=extractor: made)
+        assert main([*command, "to=p.npz"]) == code
+    assert "holds statistics of another request (other extractor)" in capsys.readouterr().err
 
 
 def test_the_same_preprocessing_of_other_images_has_the_same_hash(in_tmp):

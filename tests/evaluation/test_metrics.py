@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 
 from diffussm.evaluation import frechet_distance
-from diffussm.evaluation.metrics import inception_score
+from diffussm.evaluation.metrics import FrechetDistance, inception_score
 from diffussm.evaluation.neighbours import precision_recall
 from diffussm.evaluation.statistics import FeatureStatistics
 
@@ -53,6 +53,26 @@ def test_rounding_in_directions_without_samples_makes_no_distance():
             moments += [statistics.mean, statistics.covariance]
         found.append(frechet_distance(*moments))
     assert max(found) - min(found) < 1e-6 and found[0] > 1000
+
+
+def test_variances_a_millionth_of_the_greatest_are_no_rounding():
+    """Of two Gaussians with common axes the distance has a closed form, and of one with itself it is 0."""
+    dim = 200
+    axes, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(dim, dim)))
+    a, b = np.geomspace(1e-7, 10, dim), np.geomspace(1e-7, 10, dim) * np.linspace(0.5, 2, dim)
+    sigma_a, sigma_b = ((axes * x) @ axes.T for x in (a, b))
+    expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    mean = np.zeros(dim)
+    assert frechet_distance(mean, sigma_a, mean, sigma_b) == pytest.approx(expected, abs=1e-9)
+    assert frechet_distance(mean, sigma_a, mean, sigma_a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_of_images_that_do_not_differ():
+    mu, sigma = gaussian(20, 0)
+    none, expected = np.zeros((20, 20)), np.trace(sigma)
+    assert frechet_distance(mu, none, mu, sigma) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(mu, sigma, mu, -1e-20 * np.eye(20)) == pytest.approx(expected, rel=1e-12)
+    assert FrechetDistance(mu, none).influence(mu, sigma, torch.randn(4, 20)).isfinite().all()
 
 
 def test_frechet_distance_refuses_other_features():

@@ -14,13 +14,19 @@ FACTS = {"checkpoint": 'runs/"a" & <b>'}
 
 
 def test_junit_has_a_case_for_each_verdict_and_a_failure_for_each_that_is_broken():
-    root = ET.fromstring(junit(VERDICTS, FACTS))
+    root = ET.fromstring(junit([(VERDICTS, FACTS)]))
     assert root.tag == "testsuites" and (root.get("tests"), root.get("failures")) == ("3", "2")
     assert root.find("testsuite/properties/property").get("value") == FACTS["checkpoint"]
     cases = root.findall("testsuite/testcase")
     assert [case.find("failure") is None for case in cases] == [True, False, False]
     assert cases[1].get("name") == "recall at least 0.5 (baseline <0.8 & more>)"
     assert cases[1].find("failure").get("message") == "recall 0.25: at least 0.5"
+
+
+def test_junit_has_a_suite_for_each_thing_that_was_judged():
+    root = ET.fromstring(junit([(VERDICTS, FACTS), (VERDICTS[:1], {})]))
+    assert (root.get("tests"), root.get("failures")) == ("4", "2")
+    assert [suite.get("failures") for suite in root.findall("testsuite")] == ["2", "0"]
 
 
 def test_the_summary_begins_with_how_it_ended_and_has_a_row_for_each_verdict():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from diffussm.runtime.errors import RunDirectoryError, StorageError
-from diffussm.runtime.run_dir import RunDirectory, write_atomically
+from diffussm.runtime.run_dir import RunDirectory, append_line, write_atomically
 from diffussm.runtime.signals import StopRequest
 
 
@@ -29,6 +29,16 @@ def test_a_file_in_the_way_is_named_and_nothing_created(tmp_path):
     with pytest.raises(RunDirectoryError, match=f"{tmp_path / 'file'} is a file"):
         RunDirectory(tmp_path / "file" / "run").open()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_line_is_not_added_to_one_that_was_cut_off(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_line(path, "one")
+    append_line(path, "two")
+    assert path.read_text() == "one\ntwo\n"
+    path.write_text("one\ntw")
+    append_line(path, "three")
+    assert path.read_text() == "one\ntw\nthree\n"
 
 
 def test_status_is_read_back_with_its_facts(tmp_path):
