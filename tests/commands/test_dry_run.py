@@ -56,7 +56,17 @@ def told(capsys, *overrides: str) -> dict[str, str]:
     )}  # fmt: skip
 
 
-@pytest.mark.parametrize("experiment", group_options("experiment"))
+# Of those that differ in the size alone, the greatest is enough for every day.
+SMALLER = re.compile(r"imagenet256_(diffussm_[sl]|dit_[sbl]_2)")
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if SMALLER.fullmatch(name) else name
+        for name in group_options("experiment")
+    ],
+)
 def test_every_experiment_is_sound_and_leaves_no_trace(experiment, in_tmp, capsys):
     lines = told(capsys, f"experiment={experiment}", "trainer.num_processes=8")
     assert list(in_tmp.iterdir()) == []

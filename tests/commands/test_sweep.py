@@ -158,7 +158,7 @@ def test_a_failing_job_ends_no_other_and_only_it_is_tried_again(launcher, diffus
     assert (in_tmp / "runs/both/in_channels-1/output.log").read_text().count("model.in_channels=1") == 2
 
 
-@pytest.mark.parametrize("launcher", [pytest.param((), marks=slow), JOBLIB])
+@pytest.mark.parametrize("launcher", [pytest.param((), marks=slow), pytest.param(JOBLIB, marks=slow)])
 def test_stopping_a_sweep_saves_its_runs_and_begins_no_other(launcher, in_tmp):
     if launcher:
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
