@@ -63,13 +63,7 @@ def build_trainer(
     """Everything that `diffussm train` runs in this process, nothing of it started."""
     config, autoencoder = system.config, system.autoencoder
     if is_latent_set(source):
-        source.check_autoencoder(autoencoder.fingerprint)
-        if source.latent_shape != system.latent_shape:
-            raise DataError(
-                f"data.path={config.data.path}: holds latents of {source.latent_shape}, the autoencoder makes "
-                f"{system.latent_shape} of images of {source.image_shape}: encode the images again"
-            )
-        source.check_spread()
+        _check_latent_set(source, system)
     settings = dict(config.trainer)
     for launching in ("num_processes", "max_restarts", "timeout_seconds", "dry_run"):
         del settings[launching]
@@ -84,25 +78,7 @@ def build_trainer(
     store = CheckpointStore(run.checkpoints, settings.pop("keep_checkpoints"), warn)
     best = BestCheckpoint(run.checkpoints, warn) if settings.pop("keep_best") else None
 
-    def give_up_waiting() -> None:
-        """Of several processes, the others may wait for this one already, and need its batch to end well."""
-        if stop() and processes.world_size == 1:
-            raise Interrupted
-
-    batches: Batches = BatchLoader(
-        source,
-        config.trainer.batch_size,
-        config.seed,
-        with_labels=config.model.num_classes is not None,
-        num_workers=settings.pop("num_workers"),
-        pin_memory=system.device.type == "cuda",
-        samples=processes.share(config.trainer.batch_size),
-        noise_shape=system.latent_shape if autoencoder.is_stochastic else None,
-        # Each process finds every bad image sooner or later, and counts for itself.
-        bad_files=run.path / ("bad_files.jsonl" if processes.is_first else f"bad_files_{processes.rank}.jsonl"),
-        warn=warn,
-        poll=give_up_waiting,
-    )
+    batches: Batches = _load(system, source, run, processes, settings.pop("num_workers"), stop, warn)
 
     def to_latents(images: Tensor, noise: Tensor | None) -> Tensor:
         """x_0, which a latent set gives as it is."""
@@ -116,18 +92,6 @@ def build_trainer(
     profile = None
     if settings.pop("profile") and processes.is_first:
         profile = Profile(run.path / "profile", system.device, _describe_work(config, processes, system.device))
-
-    is_told = False
-
-    def report(facts: Mapping[str, Any]) -> None:
-        nonlocal is_told
-        try:
-            run.write_status("running", processes=processes.world_size, **facts)
-            is_told = False
-        except (OSError, StorageError) as error:  # who looks from outside sees less; training need not end for it
-            if not is_told:
-                warn(str(error))
-            is_told = True
 
     return Trainer(
         model=system.model,
@@ -153,7 +117,7 @@ def build_trainer(
             processes.world_size,
         ),
         profile=profile,
-        report=report,
+        report=_reporter(run, processes, warn),
         stop=stop,
         **settings,
     )
@@ -162,6 +126,69 @@ def build_trainer(
 def is_in_parts(config: DictConfig, processes: Processes) -> bool:
     """Whether no process is to have the whole model; a single one always has."""
     return config.trainer.parallel == "fsdp" and processes.world_size > 1
+
+
+def _check_latent_set(source: LatentSource, system: System) -> None:
+    """Refuse latents that are not what the autoencoder would make of the images."""
+    source.check_autoencoder(system.autoencoder.fingerprint)
+    if source.latent_shape != system.latent_shape:
+        raise DataError(
+            f"data.path={system.config.data.path}: holds latents of {source.latent_shape}, the autoencoder makes "
+            f"{system.latent_shape} of images of {source.image_shape}: encode the images again"
+        )
+    source.check_spread()
+
+
+def _load(
+    system: System,
+    source: ImageSource | LatentSource,
+    run: RunDirectory,
+    processes: Processes,
+    num_workers: int,
+    stop: Callable[[], object],
+    warn: Callable[[str], None],
+) -> BatchLoader:
+    """This process's share of every batch."""
+
+    def give_up_waiting() -> None:
+        """Of several processes, the others may wait for this one already, and need its batch to end well."""
+        if stop() and processes.world_size == 1:
+            raise Interrupted
+
+    config = system.config
+    return BatchLoader(
+        source,
+        config.trainer.batch_size,
+        config.seed,
+        with_labels=config.model.num_classes is not None,
+        num_workers=num_workers,
+        pin_memory=system.device.type == "cuda",
+        samples=processes.share(config.trainer.batch_size),
+        noise_shape=system.latent_shape if system.autoencoder.is_stochastic else None,
+        # Each process finds every bad image sooner or later, and counts for itself.
+        bad_files=run.path / ("bad_files.jsonl" if processes.is_first else f"bad_files_{processes.rank}.jsonl"),
+        warn=warn,
+        poll=give_up_waiting,
+    )
+
+
+def _reporter(
+    run: RunDirectory, processes: Processes, warn: Callable[[str], None]
+) -> Callable[[Mapping[str, Any]], None]:
+    """What writes status.json while a run goes on; that it cannot is said once."""
+    is_told = False
+
+    def report(facts: Mapping[str, Any]) -> None:
+        nonlocal is_told
+        try:
+            run.write_status("running", processes=processes.world_size, **facts)
+            is_told = False
+        except (OSError, StorageError) as error:  # who looks from outside sees less; training need not end for it
+            if not is_told:
+                warn(str(error))
+            is_told = True
+
+    return report
 
 
 def build_relays(config: DictConfig, run: RunDirectory, warn: Callable[[str], None]) -> list[Relay]:
