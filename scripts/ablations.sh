@@ -13,9 +13,9 @@ use_environment digits,photographs,sweep
 export OMP_NUM_THREADS=1
 two=(hydra/launcher=joblib hydra.launcher.n_jobs=2)
 
-ablate() {  # NAME, and the size of the DiT that computes as much: operations of dense layers, attention and SSM
-    local name=$1 dit=$2 chosen
-    for chosen in sweep=hourglass "sweep=direction model.bidirectional=choice(false)" \
+ablate() {  # NAME, DiffuSSM's own settings, and the DiT that computes as much: dense layers, attention and SSM
+    local name=$1 ssm=$2 dit=$3 chosen
+    for chosen in "sweep=hourglass $ssm" "sweep=direction model.bidirectional=choice(false) $ssm" \
         "model=choice(dit_tiny) model.patch_size=2 $dit seed=0,1,2"; do
         # shellcheck disable=SC2086
         "$diffussm" train -m "experiment=$name" "name=${name}_ablation" $chosen "${two[@]}"
@@ -26,18 +26,20 @@ measure() {  # NAME, what to measure: all its runs, each in its own results.json
     local name=$1 runs
     runs=$(printf ',%s' "runs/${name}_ablation"/*/)
     "$diffussm" evaluate -m "checkpoint=${runs:1}" "${@:2}" "${two[@]}"
-    "$python" scripts/summarize_sweep.py "runs/${name}_ablation"
+    "$diffussm" compare "runs/${name}_ablation"  # seeds.md and report.html there, in compare/
 }
 
 if [ "${1:-digits16}" = digits16 ]; then
     reference=runs/digits16_reference.npz
     [ -e $reference ] || "$diffussm" stats data=digits16 evaluation=digits16 to=$reference
-    ablate digits16 "model.hidden_size=56 model.input_size=16"
+    ablate digits16 "model.dt_min=0.0025 optimizer.lr=0.008" \
+        "model.hidden_size=88 model.depth=3 model.input_size=16 optimizer.lr=0.004"
     measure digits16 evaluation=digits16 evaluation.reference=$reference evaluation.num_samples=500 \
         data.split=held_out "metrics=[fid,class_agreement,loss]"
 fi
 if [ "${1:-photographs}" = photographs ]; then
     [ -d runs/photographs/held_out ] || "$python" scripts/photograph_crops.py runs/photographs
-    ablate photographs "model.hidden_size=48 model.input_size=32"
+    ablate photographs "model.dt_min=0.000625 optimizer.lr=0.008" \
+        "model.hidden_size=48 model.input_size=32 optimizer.lr=0.008"
     measure photographs data.path=runs/photographs/held_out "metrics=[loss]"
 fi

@@ -89,7 +89,8 @@ def _summarize(encoding: Encoding, done: int) -> None:
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)
     if (idle := processes.world_size - len(shards)) > 0:
-        note(f"{idle:,} processes have nothing to do: lower shard_size={shards.shard_size}")
+        found = f"{idle:,} of {processes.world_size} processes find nothing to do"
+        note(f"{found}: lower shard_size={shards.shard_size}")
     if shutil.disk_usage(path).free / 1e9 < gigabytes:
         note(f"to={path}: that is more than is free there now")
 

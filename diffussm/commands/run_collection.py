@@ -66,7 +66,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
-            raise RunDirectoryError(f"{path}: no such directory: give run directories, such as runs/NAME")
+            problem = "a file" if path.exists() else "no such directory"
+            raise RunDirectoryError(f"{path}: {problem}: give run directories, such as runs/NAME")
         below = list(_runs_below(path, DEPTH))
         if not below:
             raise RunDirectoryError(f"{path}: holds no run: give run directories, or one that holds some")

@@ -22,9 +22,14 @@ def run(options: argparse.Namespace) -> int:
             print(f"diffussm: {error}", file=sys.stderr)
             codes.append(error.exit_code)
             continue
-        print(json.dumps(asdict(report), default=str) if options.json else describe(report))
+        print(as_json(report) if options.json else describe(report))
         codes.append(report.exit_code)
     return next((code for code in codes if code), 0)
+
+
+def as_json(report: RunReport) -> str:
+    """The report in a line, with what it follows to."""
+    return json.dumps({**asdict(report), "images": report.images, "exit_code": report.exit_code}, default=str)
 
 
 def describe(report: RunReport) -> str:

@@ -150,6 +150,11 @@ def _plan_measuring(
     for title, name, (_, overrides) in zip(full, names, choices, strict=True):
         if any(override.startswith("out=") for override in overrides):
             raise ConfigError("out: each job has its own: leave it out")
+        if any(override.startswith("gate.junit=") for override in overrides) and len(choices) > 1:
+            raise ConfigError(
+                "gate.junit: each job would replace what another wrote there: leave it out, or measure each by "
+                "a command of its own"
+            )
         one = argparse.Namespace(verb=options.verb, overrides=overrides, config_dir=options.config_dir)
         directory = run_path(open_checkpoint(one)[0]) / options.verb / name
         out = directory / "results.json" if options.verb == "evaluate" else directory

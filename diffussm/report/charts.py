@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from diffussm.report import published
 from diffussm.report.comparison import fid_series, published_pixels, shared_fids
 from diffussm.report.curves import Panel, save_curves
 from diffussm.report.run_record import AXES, RunRecord
+from diffussm.report.seeds import Siblings, find_siblings
 from diffussm.report.thinning import thin
 
 DIGITS = 5  # of numbers in a page: more than a screen can show
@@ -31,6 +33,15 @@ class Line:
     x: Mapping[str, Sequence[float]]
     y: Sequence[float]
     is_measured: bool = False
+
+
+class Series(NamedTuple):
+    """What a run has logged, or what was measured of it, after so many images."""
+
+    name: str
+    run: RunRecord
+    images: Sequence[int]
+    y: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -74,9 +85,11 @@ class Chart:
 
 
 def comparison_charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """Loss of all runs, and each Frechet distance that was measured of them."""
-    charts = [Chart("loss", "Loss", "loss", list(_lines((run.name, run, "loss") for run in runs)), is_log=True)]
-    charts += [_fid_chart(runs, fid) for fid in shared_fids(runs)]
+    """Loss of all runs, and each Frechet distance that was measured of them; of several seeds the mean."""
+    siblings = find_siblings(runs)
+    losses = [Series(run.name, run, *run.values("loss")) for run in runs]
+    charts = [Chart("loss", "Loss", "loss", list(_over_seeds(losses, siblings)), is_log=True)]
+    charts += [_fid_chart(runs, fid, siblings) for fid in shared_fids(runs)]
     return [chart for chart in charts if chart.lines]
 
 
@@ -108,23 +121,42 @@ def save_chart(chart: Chart, path: Path) -> None:
     save_curves(panels, path)
 
 
-def _fid_chart(runs: Sequence[RunRecord], fid: str) -> Chart:
-    lines = []
-    for name, run, points in fid_series(runs, fid):
-        y = [point.metrics[fid] for point in points]
-        lines.append(Line(name, _places(run, [point.images for point in points]), y, is_measured=True))
+def _fid_chart(runs: Sequence[RunRecord], fid: str, siblings: Sequence[Siblings] = ()) -> Chart:
+    series = [
+        Series(name, run, [point.images for point in points], [point.metrics[fid] for point in points])
+        for name, run, points in fid_series(runs, fid)
+    ]
+    lines = [replace(line, is_measured=True) for line in _over_seeds(series, siblings)]
     if fid == "FID" and published_pixels(runs) == 256:
         seen = [steps * published.STEP_IMAGES for steps in published.CURVE_STEPS]
         lines += [Line(name, {"images": seen}, y, is_measured=True) for name, y in published.CURVES.items()]
     return Chart(fid.replace("/", "-"), fid, fid, lines, is_log=True)
 
 
-def _lines(wanted: Iterable[tuple[str, RunRecord, str]]) -> Iterator[Line]:
-    for name, run, key in wanted:
-        images, y = run.values(key)
+def _over_seeds(series: Sequence[Series], siblings: Sequence[Siblings]) -> Iterator[Line]:
+    """A line for each, but for runs that differ in their seed alone the mean, where all have a point."""
+    together = {name: group.name for group in siblings if len(group.members) > 1 for name in group.members}
+    groups: dict[str, list[Series]] = {}
+    for one in series:
+        groups.setdefault(together.get(one.run.name, one.name), []).append(one)
+    for name, group in groups.items():
+        known = [dict(zip(one.images, one.y, strict=True)) for one in group]
+        images = [seen for seen in group[0].images if all(seen in values for values in known)]
         if images:
+            y = [fmean(values[seen] for values in known) for seen in images]
             kept = thin(y)
-            yield Line(name, _places(run, [images[i] for i in kept]), [y[i] for i in kept])
+            all_places = [_places(one.run, [images[i] for i in kept]) for one in group]
+            places = {
+                axis: list(map(fmean, zip(*(each[axis] for each in all_places), strict=True)))
+                for axis in AXES
+                if all(axis in each for each in all_places)
+            }
+            title = name if len(group) == 1 else f"{name}, mean of {len(group)}"
+            yield Line(title, places, [y[i] for i in kept])
+
+
+def _lines(wanted: Iterable[tuple[str, RunRecord, str]]) -> Iterator[Line]:
+    return _over_seeds([Series(name, run, *run.values(key)) for name, run, key in wanted], ())
 
 
 def _places(run: RunRecord, images: Sequence[int]) -> dict[str, list[float]]:

@@ -9,12 +9,14 @@ from typing import Any
 
 from diffussm.report import published
 from diffussm.report.run_record import AXES, Measurement, RunRecord
+from diffussm.report.seeds import over_seeds
 from diffussm.report.tables import Cell, Column, Measured, Table, general_text, metric_text
 
 AXIS_OF = {"compute": "compute", "time": "hours", "images": "images"}  # of what can be matched along a run
 ROUNDING = 1 + 1e-9
 # Which of them a comparison shows, in this order; FID of any network under its own name.
-MAIN_METRICS = ("IS", "precision", "recall")
+PUBLISHED_METRICS = ("IS", "precision", "recall")
+MAIN_METRICS = (*PUBLISHED_METRICS, "class_agreement")
 UNLIKE = ("name", "run_dir")  # settings that differ of necessity
 SECONDS = 3600
 
@@ -53,6 +55,7 @@ class Compared:
     Attributes:
         terms: at which amounts they are read, in a sentence.
         table: a row for each run, then published ones.
+        seeds: means of runs that differ in their seed alone, where there are such.
         pairs: of runs with about as many parameters, where that was asked for.
         differences: settings that are not the same in all runs.
     """
@@ -60,13 +63,14 @@ class Compared:
     runs: Sequence[RunRecord]
     terms: str
     table: Table
+    seeds: Table | None
     pairs: Table | None
     differences: Table
 
     @property
     def tables(self) -> list[Table]:
         """All of them."""
-        return [table for table in (self.table, self.pairs, self.differences) if table is not None]
+        return [table for table in (self.seeds, self.table, self.pairs, self.differences) if table]
 
 
 def compare(runs: Sequence[RunRecord], match: str | None = None, tolerance: float = 0.05) -> Compared:
@@ -81,24 +85,30 @@ def compare(runs: Sequence[RunRecord], match: str | None = None, tolerance: floa
     """
     limits, terms = _limits(runs, match)
     readings = _read(runs, limits)
+    table = _table(readings, terms, with_published=match in (None, "parameters"))
     return Compared(
         runs=runs,
         terms=terms,
-        table=_table(readings, terms, with_published=match in (None, "parameters")),
+        table=table,
+        seeds=over_seeds(runs, table),
         pairs=_pairs(readings, tolerance) if match == "parameters" else None,
         differences=differences(runs),
     )
 
 
 def differences(runs: Sequence[RunRecord]) -> Table:
-    """The settings that are not the same in all runs."""
+    """The settings that are not the same in all runs: the fewer of runs and settings as columns."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in UNLIKE)
     rows: list[list[Cell]] = []
     for key in keys:
         values = [_setting(run.settings, key) for run in runs]
         if len(set(values)) > 1:
             rows.append([key, *values])
-    columns = [Column("key", is_text=True), *(Column(run.name, is_text=True) for run in runs)]
+    titles = ["key", *(run.name for run in runs)]
+    if len(runs) > len(rows):
+        titles, *rows = map(list, zip(titles, *rows, strict=True))
+        titles[0] = "run"
+    columns = [Column(title, is_text=True) for title in titles]
     return Table("differences", "Settings that differ between the runs.", columns, rows)
 
 
@@ -199,7 +209,7 @@ def _table(readings: Sequence[Reading], terms: str, with_published: bool) -> Tab
     pixels = published_pixels([reading.run for reading in readings]) if with_published else None
     present = dict.fromkeys(name for r in readings if r.measurement for name in r.measurement.metrics)
     if pixels:
-        present |= dict.fromkeys(["FID", "sFID", *MAIN_METRICS])
+        present |= dict.fromkeys(["FID", "sFID", *PUBLISHED_METRICS])
     fids = [name for name in present if name.startswith("FID") and not name.endswith("_inf")]
     spatial = [name for name in present if name.startswith("sFID")]
     metrics = [*fids, *spatial, *(name for name in MAIN_METRICS if name in present)]

@@ -21,7 +21,7 @@ def comparison_section(compared: Compared, galleries: Sequence[Gallery]) -> Sect
     count = len(compared.runs)
     return Section(
         title=f"{count} runs compared" if count > 1 else "The run",
-        tables=[table for table in (compared.table, compared.pairs) if table],
+        tables=[table for table in (compared.seeds, compared.table, compared.pairs) if table],
         more_tables=[compared.differences],
         charts=comparison_charts(compared.runs),
         galleries=galleries,

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -17,8 +17,23 @@ class Measured:
     high: float | None = None
 
 
-Cell = str | int | float | Measured | None  # None: not known, a dash
+@dataclass(frozen=True)
+class Averaged:
+    """A mean with the standard deviation of what it is of."""
+
+    value: float
+    deviation: float
+
+
+Cell = str | int | float | Measured | Averaged | None  # None: not known, a dash
 MISSING = "-"
+
+
+def number(cell: Cell) -> int | float | None:
+    """The value of a cell that has one."""
+    if cell is None or isinstance(cell, str):
+        return None
+    return cell.value if isinstance(cell, Measured | Averaged) else cell
 
 
 def metric_text(value: float) -> str:
@@ -42,13 +57,16 @@ class Column:
 
     def write(self, cell: Cell) -> str:
         """What a person reads in a cell."""
-        if cell is None or isinstance(cell, str):
-            return MISSING if cell is None else cell
-        value, low, high = (cell.value, cell.low, cell.high) if isinstance(cell, Measured) else (cell, None, None)
-        if not math.isfinite(value):
+        if isinstance(cell, str):
+            return cell
+        value, beside = number(cell), ""
+        if value is None or not math.isfinite(value):
             return MISSING
-        half = "" if low is None or high is None else f" ±{self.text((high - low) / 2)}"
-        return self.text(value) + half
+        if isinstance(cell, Averaged):
+            beside = f" ±{f'{cell.deviation:.2g}' if self.text is general_text else self.text(cell.deviation)}"
+        elif isinstance(cell, Measured) and cell.low is not None and cell.high is not None:
+            beside = f" ±{self.text((cell.high - cell.low) / 2)}"
+        return self.text(value) + beside
 
 
 @dataclass(frozen=True)
@@ -88,14 +106,27 @@ class Table:
         return "\n".join(f"| {line} |" for line in lines)
 
     def csv(self) -> str:
-        """The numbers themselves; intervals in columns of their own."""
-        spread = [any(_has_interval(row[i]) for row in self.rows) for i in range(len(self.columns))]
+        """The numbers themselves; intervals and deviations in columns of their own."""
+        beside = [
+            dict.fromkeys(name for row in self.rows for name in _beside(row[i])) for i in range(len(self.columns))
+        ]
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
-        titles = zip(self.columns, spread, strict=True)
-        writer.writerow([text for column, wide in titles for text in _csv_titles(column.title, wide)])
+        writer.writerow(
+            [
+                text
+                for column, names in zip(self.columns, beside, strict=True)
+                for text in (column.title, *(f"{column.title} {name}" for name in names))
+            ]
+        )
         for row in self.rows:
-            writer.writerow([value for cell, wide in zip(row, spread, strict=True) for value in _raw(cell, wide)])
+            writer.writerow(
+                [
+                    "" if value is None else value
+                    for cell, names in zip(row, beside, strict=True)
+                    for value in (cell if isinstance(cell, str) else number(cell), *map(_beside(cell).get, names))
+                ]
+            )
         return file.getvalue()
 
     def latex(self) -> str:
@@ -121,18 +152,11 @@ class Table:
         )
 
 
-def _has_interval(cell: Cell) -> bool:
-    return isinstance(cell, Measured) and cell.low is not None
-
-
-def _csv_titles(title: str, wide: bool) -> list[str]:
-    return [title, f"{title} low", f"{title} high"] if wide else [title]
-
-
-def _raw(cell: Cell, wide: bool) -> Iterator[str | int | float]:
-    values = (cell.value, cell.low, cell.high) if isinstance(cell, Measured) else (cell, None, None)
-    for value in values[: 3 if wide else 1]:
-        yield "" if value is None else value
+def _beside(cell: Cell) -> dict[str, float | None]:
+    """What is known of a number beside its value."""
+    if isinstance(cell, Averaged):
+        return {"deviation": cell.deviation}
+    return {"low": cell.low, "high": cell.high} if isinstance(cell, Measured) and cell.low is not None else {}
 
 
 def _markdown(text: str) -> str:

@@ -14,13 +14,14 @@ def junit(suites: Sequence[tuple[Sequence["Verdict"], Mapping[str, str]]]) -> by
     """A test suite for each thing that was judged, with a case for each verdict; the facts are its properties."""
     root = ET.Element("testsuites", _counts([verdict for verdicts, _ in suites for verdict in verdicts]))
     for verdicts, facts in suites:
-        suite = ET.SubElement(root, "testsuite", {"name": SUITE, **_counts(verdicts), "skipped": "0"})
+        title = SUITE if len(suites) == 1 else f"{SUITE} {facts.get('checkpoint', '')}"
+        suite = ET.SubElement(root, "testsuite", {"name": title, **_counts(verdicts), "skipped": "0"})
         properties = ET.SubElement(suite, "properties")
         for name, value in facts.items():
             ET.SubElement(properties, "property", {"name": name, "value": value})
         for verdict in verdicts:
             name = f"{verdict.metric} {verdict.bound} ({verdict.because})"
-            case = ET.SubElement(suite, "testcase", {"classname": SUITE, "name": name})
+            case = ET.SubElement(suite, "testcase", {"classname": title, "name": name})
             if not verdict.passed:
                 ET.SubElement(case, "failure", {"message": f"{verdict.metric} {verdict.found}: {verdict.bound}"})
     ET.indent(root)

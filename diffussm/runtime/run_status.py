@@ -71,7 +71,8 @@ class RunReport:
 def read_report(path: Path, now: datetime | None = None) -> RunReport:
     """The report of a run directory; RunDirectoryError where there is no run."""
     if not path.is_dir():
-        raise RunDirectoryError(f"{path}: no such directory: give run directories, such as runs/NAME")
+        problem = "a file" if path.exists() else "no such directory"
+        raise RunDirectoryError(f"{path}: {problem}: give run directories, such as runs/NAME")
     if not any((path / name).exists() for name in ("status.json", "config.yaml", "metrics.jsonl", "checkpoints")):
         raise RunDirectoryError(f"{path}: holds no run: give run directories, such as runs/NAME")
     status, problem = _read_status(path)

@@ -116,7 +116,7 @@ def test_two_processes_encode_the_same_set_byte_for_byte(folder, whole, tmp_path
 
 
 def test_processes_without_a_shard_are_told_of(tmp_path, capsys):
-    for world_size, said in ((3, ""), (5, "diffussm: 2 processes have nothing to do: lower shard_size=4\n")):
+    for world_size, said in ((3, ""), (5, "diffussm: 2 of 5 processes find nothing to do: lower shard_size=4\n")):
         processes = Processes(Place(0, world_size))
         encoding = Encoding(Fake(10, resolution=8), PatchProjection(), tmp_path, shard_size=4, processes=processes)
         _summarize(encoding, 0)

@@ -128,7 +128,12 @@ def test_json_is_a_line_for_each(directory, capsys):
     first, _ = capsys.readouterr().out.splitlines()
     document = json.loads(first)
     assert document["state"] == "running" and document["record"]["loss"] == 0.5
-    assert document["status"]["images"] == 64
+    assert document["status"]["images"] == document["images"] == 64 and document["exit_code"] == 0
+
+
+def test_a_file_is_no_run(directory, capsys):
+    assert main(["status", str(directory / "status.json")]) == 73
+    assert "status.json: a file: give run directories" in capsys.readouterr().err
 
 
 def test_it_loads_nothing_heavy(directory):

@@ -190,6 +190,7 @@ def test_evaluations_of_one_checkpoint_are_kept_apart_and_those_of_several_stay_
         assert main(["evaluate", "-m", "checkpoint=runs/run0", "guidance.scale=1.0,2.0"]) == 0
         assert main(["evaluate", "-m", "checkpoint=runs/run0,runs/run1", "metrics=[fid]"]) == 0
         assert main(["evaluate", "-m", "checkpoint=runs/run0", "out=x.json", "guidance.scale=1.0,2.0"]) == 2
+        assert main(["evaluate", "-m", "checkpoint=runs/run0", "gate.junit=x.xml", "guidance.scale=1,2"]) == 2
         assert main(["evaluate", "-m", "checkpoint=runs/run0", "sampling.seed=0,-1"]) == 2
         assert main(["evaluate", "-m", "checkpoint=runs/run0", "sweep=guidance", "--print-config"]) == 0
     assert [command[-1] for command in drawn] == [

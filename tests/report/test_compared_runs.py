@@ -1,5 +1,7 @@
 """Comparisons: at equal terms, of equal manner, and beside published figures only where these belong."""
 
+import statistics
+
 import pytest
 from made_runs import RESULTS, add_result, make_run, record
 
@@ -111,6 +113,55 @@ def test_only_settings_that_differ_are_listed(make):
     runs = [make("a", 32), make("b", 32, settings={"seed": 1, "name": "y", "model.init": None})]
     table = compare(runs).differences
     assert table.rows == [["seed", "0", "1"], ["model.init", "absent", "null"]]
+
+
+def test_of_many_runs_each_is_a_row_of_what_differs(make):
+    table = compare([make(f"s{seed}", 32, settings={"seed": seed}) for seed in range(3)]).differences
+    assert [column.title for column in table.columns] == ["run", "seed"]
+    assert table.rows == [["s0", "0"], ["s1", "1"], ["s2", "2"]]
+
+
+def test_runs_that_differ_in_their_seed_alone_are_averaged(make):
+    """With the deviation of single runs; one of another setting stays alone, and needs no deviation."""
+    lengths = (64, 96, 128)
+    runs = [
+        make(f"m-1__seed-{seed}", images, settings={"seed": seed, "name": f"x/{seed}"})
+        for seed, images in enumerate(lengths)
+    ]
+    runs.append(make("m-2__seed-0", 64, settings={"model.hourglass_ratio": 2}))
+    table = compare(runs).seeds
+    assert [row[0] for row in table.rows] == ["m-1", "m-2__seed-0"] and cells(table, "seeds") == [3, 1]
+    fids = [100.0 / (images // 16) for images in lengths]
+    average = table.rows[0][[column.title for column in table.columns].index("FID-digits")]
+    assert (average.value, average.deviation) == pytest.approx((statistics.mean(fids), statistics.stdev(fids)))
+    assert cells(table, "parameters") == [1000, 1000] and cells(table, "FID-digits")[1] == 25.0
+    assert compare(runs[2:]).seeds is None
+
+
+def test_curves_of_several_seeds_are_their_mean_where_all_have_a_point(make, tmp_path):
+    """Thinned after, not before, for the envelopes of runs keep different points."""
+    count = 3000
+    runs = []
+    for seed in (0, 1):
+        noisy = [
+            record(i, loss=2.0 + (seed + 1) * (i * (seed + 7) % 11) / 100) for i in range(1, count + 1 + seed)
+        ]
+        path = make_run(tmp_path / f"long_seed{seed}", noisy)
+        runs.append(read_run(path, path.name, {**SETTINGS, "seed": seed}, costs=Costs(1, 10**9)))
+    other = make("other", 64, settings={"model.hourglass_ratio": 2})
+    loss = comparison_charts([*runs, other])[0]
+    assert [line.name for line in loss.lines] == ["long, mean of 2", "other"]
+    mean, alone = loss.lines
+    assert 100 < len(mean.y) < count and mean.x["images"][-1] == count and mean.x["compute"][-1] == count
+    for images, y in zip(mean.x["images"], mean.y, strict=True):
+        assert y == pytest.approx(2.0 + (images * 7 % 11 + 2 * (images * 8 % 11)) / 200)
+    assert alone.x["images"] == [16, 32, 48, 64]
+
+
+def test_what_one_seed_lacks_has_no_mean(make, tmp_path):
+    unmeasured = read_run(make_run(tmp_path / "b", [record(64)]), "b", {**SETTINGS, "seed": 1})
+    table = compare([make("a", 64), unmeasured]).seeds
+    assert table.rows[0][0] == "a, b" and cells(table, "FID-digits") == [None] and cells(table, "images") == [64]
 
 
 def test_losses_of_different_objectives_are_not_to_be_compared(make):

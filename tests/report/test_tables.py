@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from diffussm.report.tables import Column, Measured, Table, metric_text
+from diffussm.report.tables import Averaged, Column, Measured, Table, metric_text
 
 HOSTILE = 'a|b & <script>alert(1)</script> 100% $x_1$ {y} ~^\\\nnext, "line"'
 TABLE = Table(
@@ -35,6 +35,21 @@ def test_csv_keeps_the_numbers_and_the_texts_as_they_are():
     assert rows[0] == ["run", "images", "FID", "FID low", "FID high"]
     assert rows[1] == ["one", "96000", "5.6328", "5.4", "5.8"]
     assert rows[2] == [HOSTILE, "", "120.25", "", ""]
+
+
+def test_a_mean_stands_with_its_deviation():
+    table = Table(
+        "seeds",
+        "",
+        [Column("FID", metric_text), Column("loss")],
+        [[Averaged(6.93, 1.7112), Averaged(0.04321, 0.00123)], [5.0, None]],
+    )
+    assert table.texts() == [["6.930 ±1.711", "0.04321 ±0.0012"], ["5.000", "-"]]
+    assert table.csv().splitlines() == [
+        "FID,FID deviation,loss,loss deviation",
+        "6.93,1.7112,0.04321,0.00123",
+        "5.0,,,",
+    ]
 
 
 def test_latex_escapes_what_it_would_take_for_commands():

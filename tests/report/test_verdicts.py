@@ -27,6 +27,8 @@ def test_junit_has_a_suite_for_each_thing_that_was_judged():
     root = ET.fromstring(junit([(VERDICTS, FACTS), (VERDICTS[:1], {})]))
     assert (root.get("tests"), root.get("failures")) == ("4", "2")
     assert [suite.get("failures") for suite in root.findall("testsuite")] == ["2", "0"]
+    cases = [(case.get("classname"), case.get("name")) for case in root.iter("testcase")]
+    assert len(set(cases)) == 4
 
 
 def test_the_summary_begins_with_how_it_ended_and_has_a_row_for_each_verdict():
