@@ -83,7 +83,8 @@ def _machine(config: DictConfig) -> Machine:
     for key, precision in (("trainer", config.trainer.precision), ("sampling", config.sampling.precision)):
         if precision == "bf16" and not gpu.has_bf16:
             raise ConfigError(f"{key}.precision=bf16: gpu={config.gpu} has none: set it to fp16 or fp32")
-    return Machine(gpu.title, config.gpus, mfu, gpu.peak, "published", gpu.memory_gib, gpu.watts)
+    half = "bf16" if gpu.has_bf16 else "fp16"
+    return Machine(gpu.title, config.gpus, mfu, gpu.peak, "published", gpu.memory_gib, gpu.watts, half)
 
 
 def _matrix_rate() -> float:

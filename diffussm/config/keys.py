@@ -58,6 +58,7 @@ def may_change(key: str) -> bool:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean ...?)", or nothing if no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
+    """ " (did you mean ...?)", or nothing if no known name is close, whatever its capitals."""
+    folded = {one.casefold(): one for one in known}
+    close = difflib.get_close_matches(name.casefold(), list(folded), n=1, cutoff=0.6)
+    return f" (did you mean {folded[close[0]]}?)" if close else ""

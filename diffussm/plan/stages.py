@@ -68,6 +68,7 @@ class Machine:
 
     peak: operations per second of one, by precision (fp32, bf16, fp16) and whether TF32 is on.
     memory_gib, watts: of one; None where nobody knows.
+    half: the precision of 16 bits that they have.
     """
 
     title: str
@@ -77,6 +78,7 @@ class Machine:
     peak_standing: Standing
     memory_gib: float | None = None
     watts: float | None = None
+    half: str = "bf16"
 
     def hours(self, flops: float, precision: str, tf32: bool) -> float:
         """For so many operations shared by all devices."""
@@ -99,7 +101,9 @@ def raw(archive: Archive | None, count: Known) -> Iterator[Entry]:
     stage = "raw data"
     yield Entry(stage, "images", count.value, "images", count.standing, count.how)
     if archive is not None:
-        yield Entry(stage, "archives", archive.num_bytes / 1e9, "GB", "published", archive.source)
+        size = archive.num_bytes / 1e9
+        yield Entry(stage, "archives", size, "GB", "published", archive.source)
+        yield Entry(stage, "unpacked", size, "GB", "assumed", "as large again; the archives can go then")
 
 
 def latent_set_bytes(num_images: int, row_shape: Sequence[int], images_per_row: int, item: int, shard: int) -> int:
@@ -157,9 +161,8 @@ def training(
     beside = f"and {ssm_flops / 1e9:,.3g} GFLOP of SSM" if ssm_flops else "dense layers and attention"
     yield Entry(stage, "forward pass, per image", macs / 1e9, "GMAC", "computed", beside)
     times = "4 forward passes (activation checkpointing)" if recomputes else "3 forward passes"
-    yield Entry(
-        stage, "forward and backward, per image", flops / 1e9, "GFLOP", "computed", f"{times}, SSM included"
-    )
+    of = f"{times}, SSM included" if ssm_flops else times
+    yield Entry(stage, "forward and backward, per image", flops / 1e9, "GFLOP", "computed", of)
     hours, standing = machine.hours(total_images * flops, precision, tf32), machine.standing
     how = f"{precision}; loading and saving not counted"
     if encoder_macs is not None:
@@ -290,9 +293,9 @@ def evaluating(
     yield Entry(stage, "time", drawing + decoding, "h", standing, how)
     if doubles:
         yield Entry(stage, "... with guidance", 2 * drawing + decoding, "h", standing, "twice the passes")
-    if machine.peak("bf16", tf32) > machine.peak(precision, tf32):
-        faster = machine.hours(samples.value * passes * flops, "bf16", tf32)
-        yield Entry(stage, "... in half precision", faster + decoding, "h", standing, "sampling.precision=bf16")
+    if machine.peak(machine.half, tf32) > machine.peak(precision, tf32):
+        faster = machine.hours(samples.value * passes * flops, machine.half, tf32) + decoding
+        yield Entry(stage, "... in half precision", faster, "h", standing, f"sampling.precision={machine.half}")
 
 
 def totals(machine: Machine, entries: Sequence[Entry], price_per_hour: float | None) -> Iterator[Entry]:
@@ -308,10 +311,10 @@ def totals(machine: Machine, entries: Sequence[Entry], price_per_hour: float | N
     disk = [
         entry
         for entry in entries
-        if entry.quantity in ("archives", "latent set on disk", "on disk", "averages for later")
+        if entry.quantity in ("archives", "unpacked", "latent set on disk", "on disk", "averages for later")
     ]
     size = sum(float(entry.value) for entry in disk)
-    of = ", ".join(f"{entry.stage}" for entry in disk)
+    of = ", ".join(dict.fromkeys(entry.stage for entry in disk))
     yield Entry(stage, "disk", size, "GB", weakest(*(entry.standing for entry in disk)), of)
     if machine.watts is not None:
         how = f"{machine.watts:g} W each, as rated; GPUs alone"
@@ -319,5 +322,7 @@ def totals(machine: Machine, entries: Sequence[Entry], price_per_hour: float | N
             stage, "energy", device_hours * machine.watts / 1000, "kWh", weakest(standing, "published"), how
         )
     if price_per_hour is not None:
-        how = f"{price_per_hour:g} for an hour of one, as given"
-        yield Entry(stage, "price", device_hours * price_per_hour, "", weakest(standing, "given"), how)
+        each = price_per_hour * machine.count
+        shares = ", ".join(f"{entry.stage} {entry.value * each:,.0f}" for entry in times)
+        how = f"{price_per_hour:g} for an hour of one, as given: {shares}"
+        yield Entry(stage, "price", hours * each, "", weakest(standing, "given"), how)

@@ -8,6 +8,7 @@ from conftest import SMALL_RUN
 from safetensors.torch import load_file
 
 from diffussm.cli import main
+from diffussm.plan.facts import GPUS
 
 # The recipe of the paper around a network that is traced in a moment.
 TINY = ("model.hidden_size=16", "model.depth=1", "model.d_state=4")
@@ -48,6 +49,12 @@ def test_the_table_says_what_is_assumed(in_tmp, capsys):
     ]
     assert main(["plan", *IMAGENET, *QUICK, "mfu=0.7"]) == 0
     assert "MFU 0.7 (given)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("gpu", "half"), [("v100", "fp16"), ("a100", "bf16")])
+def test_half_precision_is_the_one_that_the_gpu_has(gpu, half, in_tmp, capsys):
+    entries = planned(capsys, *IMAGENET, *QUICK, f"gpu={gpu}", "trainer.precision=fp16")
+    assert entries["evaluation", "... in half precision"]["how"] == f"sampling.precision={half}"
 
 
 def test_twice_the_mfu_is_half_the_time(in_tmp, capsys):
@@ -100,6 +107,7 @@ def test_pixels_need_no_autoencoder_and_a_cpu_is_measured(in_tmp, capsys):
     [
         (("experiment=imagenet",), "experiment=imagenet: choose"),
         (("gpu=a10O",), "gpu=a10O: choose a100, a100_40, "),
+        (("gpu=A100",), f"gpu=A100: choose {', '.join(GPUS)}, cpu (did you mean a100?)"),
         (("gpus=0",), "gpus=0: must be at least 1"),
         (("mfu=35",), "mfu=35.0: must be above 0 and at most 1"),
         (("price_per_hour=-1",), "price_per_hour=-1.0: must be at least 0"),

@@ -86,6 +86,8 @@ def test_hours_are_operations_by_rate():
     assert entries["time"].value == pytest.approx(3600e12 / HOUR) and entries["time"].standing == "assumed"
     assert entries["speed"].value == pytest.approx(600_000 / 3600)
     assert entries["images seen"].how == "2,344 steps of 256"
+    assert entries["forward and backward, per image"].how == "3 forward passes"
+    assert train(ssm_flops=1)["forward and backward, per image"].how == "3 forward passes, SSM included"
 
 
 def test_an_autoencoder_in_the_loop_takes_its_time():
@@ -108,14 +110,18 @@ def test_evaluation_adds_decoding_once_and_passes_by_guidance():
 def test_the_whole_job_is_the_sum_of_its_stages():
     count = Known(1000, "published")
     entries = [
+        *stages.raw(ARCHIVES["lsun_church"], count),
         *stages.encoding(TWO, count, 3 * 10**9, "", 2, Known(HOUR / 4000, "computed"), "fp32"),
         *train().values(),
         *stages.checkpoints(10**9, 2, 100, 30, snapshots=3, snapshot_bytes=10**9),
     ]
     totals = by_name(stages.totals(TWO, entries, price_per_hour=3.0))
     assert totals["time"].value == pytest.approx(2) and totals["device time"].value == pytest.approx(4)
-    assert totals["disk"].value == pytest.approx(3 + 3 + 3) and totals["disk"].standing == "computed"
+    church = 2 * ARCHIVES["lsun_church"].num_bytes / 1e9  # as it comes, and unpacked
+    assert totals["disk"].value == pytest.approx(church + 3 + 3 + 3) and totals["disk"].standing == "assumed"
+    assert totals["disk"].how == "raw data, encoding, checkpoints"
     assert totals["energy"].value == pytest.approx(1.6) and totals["price"].value == pytest.approx(12)
+    assert totals["price"].how.endswith("as given: encoding 6, training 6")
 
 
 def test_what_follows_is_as_uncertain_as_the_most_uncertain():
