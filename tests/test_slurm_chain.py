@@ -61,10 +61,19 @@ def test_stages_that_are_done_are_left_out(chain):
     assert queued == [f"<--parsable><{SLURM}/evaluate.sbatch><checkpoint=runs/mine>"]
 
 
+def test_experiments_of_ones_own_are_found(chain, tmp_path):
+    (tmp_path / "my own" / "experiment").mkdir(parents=True)
+    (tmp_path / "my own" / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\n")
+    result, queued, _ = chain("train", "--config-dir=my own", "data=digits", "experiment=mine")
+    assert result.returncode == 0, result.stderr
+    assert queued == [f"<--parsable><{SLURM}/train.sbatch><--config-dir=my own><data=digits><experiment=mine>"]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         ((), "chain.sh: nothing to do"),
+        (("train", "--config-dir", "mine"), "chain.sh: --config-dir: write --config-dir=DIR"),
         (("data=fake", *ENCODE), "chain.sh: data=fake: belongs to no stage"),
         ((*TRAIN, *ENCODE), "chain.sh: encode: comes too late"),
         ((*TRAIN, *TRAIN), "chain.sh: train: comes twice"),

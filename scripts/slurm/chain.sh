@@ -8,7 +8,8 @@
 #       train --nodes=2 experiment=imagenet256_diffussm_xl \
 #       evaluate checkpoint=runs/imagenet256_diffussm_xl evaluation=fid50k evaluation.reference=FILE
 #
-# Words that begin with -- are options of sbatch for their stage. Prints the number of every job.
+# Words that begin with -- are options of sbatch for their stage, but for --config-dir=DIR, which is diffussm's. Prints
+# the number of every job.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -34,6 +35,8 @@ for word in "$@"; do
             [ "${#stages[@]}" -gt 0 ] || fail "$word: belongs to no stage: begin with encode, train or evaluate"
             stage=${stages[-1]}
             case $word in
+                --config-dir) fail "--config-dir: write --config-dir=DIR" ;;
+                --config-dir=*) overrides[$stage]+=" $(printf %q "$word")" ;;
                 --*) options[$stage]+=" $(printf %q "$word")" ;;
                 *) overrides[$stage]+=" $(printf %q "$word")" ;;
             esac
