@@ -16,6 +16,7 @@ from diffussm import load_checkpoint, sample
 from diffussm.cli import main
 from diffussm.runtime.errors import ConfigError, RunDirectoryError
 
+README = Path(__file__).resolve().parents[1] / "README.md"
 DRAWN = ["classes=[3,8]", "num_images=5", "sampler=ddpm", "sampler.num_steps=3", "guidance.scale=1.5"]
 
 
@@ -100,9 +101,14 @@ def test_what_cannot_be_loaded_is_told_with_its_name(run, tmp_path):
         load_checkpoint(run, device="gpu")
 
 
-def test_the_example_of_the_package_runs(run, monkeypatch):
+@pytest.mark.parametrize("where", ["package", "README"])
+def test_the_example_runs(run, where, monkeypatch):
     monkeypatch.chdir(run.parents[1])
-    example = inspect.getdoc(diffussm).partition("):\n\n")[2]
+    if where == "package":
+        example = inspect.getdoc(diffussm).partition("):\n\n")[2]
+    else:
+        blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+        (example,) = (block for block in blocks if "load_checkpoint" in block)
     names: dict = {}
     exec(textwrap.dedent(example), names)
     assert names["images"].shape == (2, 1, 8, 8) and names["images"].dtype == torch.uint8
