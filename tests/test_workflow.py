@@ -15,6 +15,7 @@ from diffussm.evaluation.baseline import Baseline
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / ".github" / "workflows" / "ci.yml"
+SLOW = FILE.with_name("slow.yml")
 GATE = ROOT / "scripts" / "gate.sh"
 
 pytestmark = pytest.mark.skipif(not FILE.exists(), reason="not a git checkout")
@@ -47,6 +48,18 @@ def test_its_commands_are_scripts_of_this_repository(workflow):
     assert scripts == ["scripts/test.sh", "scripts/gate.sh"]
     for script in scripts:
         subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def test_slow_tests_run_once_a_week():
+    workflow = yaml.safe_load(SLOW.read_text())
+    triggers = workflow.get("on", workflow.get(True))
+    assert set(triggers) == {"schedule", "workflow_dispatch"} and len(triggers["schedule"]) == 1
+    assert workflow["permissions"] == {"contents": "read"} and "secrets" not in SLOW.read_text()
+    (job,) = workflow["jobs"].values()
+    used = [step["uses"] for step in job["steps"] if "uses" in step]
+    assert used and all(f"uses: {name}\n" in FILE.read_text() for name in used)
+    (command,) = (step["run"] for step in job["steps"] if "run" in step)
+    assert command.startswith("bash scripts/test.sh -m slow ")
 
 
 def test_the_gate_trains_and_asks_for_what_the_baseline_answers():
