@@ -1,17 +1,21 @@
 """From a folder of photographs to a report, by the script that the README names."""
 
+import csv
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data.damaged import make_folder
 from data.tiny_vae import make_tiny_vae
 from PIL import Image
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "images_to_report.sh"
 UNTRAINED = """\
 _target_: diffussm.evaluation.evaluator.Evaluation
 extractor:
@@ -45,7 +49,7 @@ def test_the_script_leads_from_images_to_a_report(tmp_path):
     measured = ["evaluation=untrained", "--config-dir", str(tmp_path / "configs")]
     script = [
         "bash",
-        str(ROOT / "scripts" / "images_to_report.sh"),
+        str(SCRIPT),
         *map(str, (tmp_path / "images", tmp_path / "vae")),
     ]
     for _ in range(2):  # the second time, all is there
@@ -72,3 +76,24 @@ def test_the_script_leads_from_images_to_a_report(tmp_path):
     assert len(pictures) > 20
     for picture in pictures:
         Image.open(picture).verify()
+    for path in out.rglob("*.json*"):
+        documents = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        assert all(json.loads(document) is not None for document in documents)
+    for path in out.rglob("*.npy"):
+        assert len(np.load(path)) > 0
+    with np.load(out / "reference.npz") as reference:
+        assert len(reference["mu"]) > 0 and len(reference["arr_0"]) > 0
+    for path in out.rglob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            assert len(list(tensors.keys())) > 0
+    tables = [*out.rglob("*.csv")]
+    assert tables and all(len({len(row) for row in csv.reader(path.open())}) == 1 for path in tables)
+
+
+def test_without_an_evaluation_it_tells_how_it_is_used(tmp_path):
+    given = [str(tmp_path), "vae", str(tmp_path / "out")]
+    result = subprocess.run(["bash", str(SCRIPT), *given], capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and not result.stdout and not (tmp_path / "out").exists()
+    said = result.stderr.splitlines()
+    assert "IMAGES VAE OUT evaluation=NAME" in said[0] and said[-1].endswith("or only reports.")
+    assert "RESOLUTION=64" in result.stderr and "set -euo" not in result.stderr
