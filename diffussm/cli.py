@@ -58,7 +58,7 @@ DESCRIPTIONS = {
           model.activation_checkpointing=true
                                         compute activations again instead of keeping them
           trainer.num_processes=8       one for each GPU, started here (torchrun and srun: leave it out);
-                                        trainer.max_restarts=3 on end when one is lost
+                                        trainer.max_restarts=3 times in a row when one is lost
           trainer.parallel=fsdp         a part of the model in each of them, where it fits no device whole
           trainer.num_workers=2         processes that read images, for each one that trains
           evaluation=NAME               what `diffussm evaluate` will measure; none for nothing

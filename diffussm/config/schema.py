@@ -62,7 +62,7 @@ class TrainerConfig:
     parallel: str = free(
         "ddp"
     )  # ddp: every process has the whole model; fsdp: a part each, for what fits no device
-    max_restarts: int = free(3)  # of num_processes on end, when one is lost
+    max_restarts: int = free(3)  # of num_processes in a row, when one is lost
     timeout_seconds: float = free(1800.0)  # a process that others wait for longer is taken for lost
     keep_checkpoints: int = free(2)
     keep_best: bool = free(True)  # and, as best/, the one with the least first metric of the evaluation, FID

@@ -159,7 +159,7 @@ class _Worker(Generic[Slot]):
         if self._deaths >= MAX_DEATHS:
             is_kill = code == -signal.SIGKILL
             raise (OutOfMemoryError if is_kill else DataError)(
-                f"a loader worker {how} {self._deaths} times on end before the batch of step {step} was ready: "
+                f"a loader worker {how} {self._deaths} times in a row before the batch of step {step} was ready: "
                 + (
                     "memory has probably run out: lower num_workers"
                     if is_kill

@@ -92,7 +92,7 @@ def launch(command: Sequence[str], num_processes: int, max_restarts: int = 0) ->
     SIGTERM, SIGUSR1 and SIGINT are handed on to all of them. None of them outlives this process.
 
     Args:
-        max_restarts: how often on end, unless the job has lasted for `LASTING_SECONDS` in between.
+        max_restarts: how often in a row, unless the job has lasted for `LASTING_SECONDS` in between.
     """
     received: list[int] = []
 

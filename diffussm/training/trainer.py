@@ -324,7 +324,8 @@ class Trainer:
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             raise self.processes.told_by_first(
                 DivergedError(
-                    f"gradients were not finite in {self.skipped_in_a_row} steps on end, up to step {self.step}: "
+                    f"gradients were not finite in {self.skipped_in_a_row} steps in a row, "
+                    f"up to step {self.step}: "
                     "lower optimizer.lr, set trainer.max_grad_norm, or choose trainer.precision=fp32"
                 )
             )
@@ -402,7 +403,7 @@ class Trainer:
         }
 
     def save(self, say: Callable[[str], None] = print) -> None:
-        """Publish a checkpoint; a failure is retried once, then survived until the third on end."""
+        """Publish a checkpoint; a failure is retried once, then survived until the third in a row."""
         self._report("saving", LIMIT_SECONDS, at_once=True)
         with self.profile.span("saving"):
             found = {

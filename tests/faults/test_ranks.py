@@ -133,7 +133,9 @@ def test_steps_that_are_never_finite_again_end_the_job_before_anything_bad_is_sa
     path = tmp_path / "run"
     many = ("trainer.num_processes=2", "trainer.total_images=1M", "trainer.save_every_images=32")
     job = jobs.run(*command(path, *many), faults=[("poison", 1, 6, 10**6), ("tell_steps",)], code=70)
-    assert status(path)["exit_code"] == 70 and job.said.count("gradients were not finite in 20 steps on end") == 1
+    assert (
+        status(path)["exit_code"] == 70 and job.said.count("gradients were not finite in 20 steps in a row") == 1
+    )
     steps = max(int(step) for step, *_ in job.lines("STEP")) - 6
     bad = [
         name
