@@ -18,11 +18,28 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("diffussm ")]
+    return [command for line in lines for command in started(shlex.split(line, comments=True))]
+
+
+def started(words: list[str]) -> list[list[str]]:
+    """The commands of diffussm that a line starts: its own, torchrun's, or those of the SLURM scripts."""
+    if words[:1] == ["diffussm"]:
+        return [words]
+    if words[:1] == ["torchrun"]:
+        return [words[words.index("diffussm") :]]
+    found: list[list[str]] = []
+    for word in words if "scripts/slurm/" in " ".join(words[:3]) else ():
+        if word in ("encode", "train", "evaluate") or word.endswith(".sbatch"):
+            found.append(["diffussm", Path(word).stem])
+        elif found and not word.startswith("--"):
+            found[-1].append(word)
+    return found
 
 
 def test_there_are_commands():
     assert len(commands()) >= 5
+    assert len(started(shlex.split("sbatch --nodes=2 scripts/slurm/train.sbatch seed=1"))) == 1
+    assert len([line for line in commands() if line[1:3] == ["train", "experiment=imagenet256_diffussm_xl"]]) >= 4
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -47,7 +64,7 @@ def test_every_command_composes(command):
 
 def test_the_python_example_runs():
     # The export's example needs an export: tests/test_pipeline.py runs the same code from a model card.
-    # Nor is there a run to load: tests/test_notebook.py runs what the package's docstring shows.
+    # Nor is there a run to load: tests/test_notebook.py makes one, and runs that block.
     elsewhere = ("from_pretrained", "load_checkpoint")
     for block in (block for block in blocks("python") if not any(name in block for name in elsewhere)):
         names: dict = {}
