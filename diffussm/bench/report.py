@@ -13,7 +13,7 @@ import torch
 
 from diffussm.bench.scaling import Cost
 from diffussm.bench.suites import COMPARISONS, Comparison
-from diffussm.bench.timing import cost_exponent
+from diffussm.bench.timing import Timing, cost_exponent
 from diffussm.bench.workload import Measurement, Setup, Skip
 from diffussm.runtime.run_dir import write_atomically, write_json
 
@@ -27,7 +27,7 @@ MEASUREMENT_COLUMNS = (
 )  # fmt: skip
 COST_COLUMNS = (
     "model", "px", "tokens", "parameters", "GMAC", "of it attention", "SSM GFLOP", "scores of a layer", "ms",
-    "peak MiB", "measured",
+    "spread", "peak MiB", "measured",
 )  # fmt: skip
 
 
@@ -121,8 +121,7 @@ class Report:
             + ".",
             (f"{self._sizes()}, " if any(m.suite not in ("data", "scaling") for m in self.measurements) else "")
             + f"allocator {allocator}. Medians of alternating repetitions in one process. Only ratios carry over "
-            "to another machine"
-            + ("." if any(verdict.goal for verdict in verdicts) else "; goals are stated for other settings."),
+            "to another machine" + ("; goals are stated for other settings." if _lacks_goals(verdicts) else "."),
             table(
                 COMPARISON_COLUMNS,
                 [_verdict_cells(verdict) for verdict in verdicts],
@@ -249,11 +248,11 @@ def _verdict_cells(verdict: Verdict) -> tuple[str, ...]:
 
 
 def _cost_cells(cost: Cost, measurement: Measurement | None) -> tuple[str, ...]:
-    measured = ("", "", "no")
+    measured = ("", "", "", "no")
     if measurement is not None:
         extent = f"{measurement.blocks} blocks" if measurement.blocks else "whole"
-        seconds, mib = measurement.timing.seconds, measurement.peak_bytes / 2**20
-        measured = (f"{1e3 * seconds:,.0f}", f"{mib:,.0f}", extent)
+        timing, mib = measurement.timing, measurement.peak_bytes / 2**20
+        measured = (f"{1e3 * timing.seconds:,.0f}", _spread(timing), f"{mib:,.0f}", extent)
     return (
         cost.subject,
         str(cost.pixels),
@@ -265,6 +264,16 @@ def _cost_cells(cost: Cost, measurement: Measurement | None) -> tuple[str, ...]:
         _size(cost.score_bytes) if cost.score_bytes else "",
         *measured,
     )
+
+
+def _lacks_goals(verdicts: Sequence[Verdict]) -> bool:
+    """Whether something was compared that has goals, and none of them applies."""
+    have = any(verdict.comparison.goals for verdict in verdicts)
+    return have and not any(verdict.goal for verdict in verdicts)
+
+
+def _spread(timing: Timing) -> str:
+    return f"{timing.spread / timing.seconds:.0%}" if timing.repetitions > 1 else "-"
 
 
 def _size(count: int) -> str:
@@ -281,7 +290,7 @@ def _measurement_cells(measurement: Measurement) -> tuple[str, ...]:
         measurement.subject,
         "" if measurement.items else f"{measurement.parameters:,}",
         f"{1e3 * timing.seconds:,.2f}",
-        f"{timing.spread / timing.seconds:.0%}" if timing.repetitions > 1 else "-",
+        _spread(timing),
         str(timing.repetitions),
         "" if measurement.items else f"{measurement.peak_bytes / 2**20:,.1f}",
         f"{measurement.items / timing.seconds:,.0f}" if measurement.items else "",

@@ -17,6 +17,7 @@ FORMATS = (".png", ".svg", ".pdf")
 # Told apart by people who see colours differently (Okabe and Ito), without their yellow, too pale for a line.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 DASHES = ("solid", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))  # and in print without colours
+MARKERS = ("o", "s", "^")  # and where colours come round again
 LABEL_GAP = 0.065  # between neighbouring labels, in heights of the panel
 
 
@@ -59,7 +60,7 @@ def _draw(panel: Panel, axes: "Axes", names: Sequence[str]) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
     for name, (x, y) in panel.curves.items():
         i = names.index(name)
-        marker = "o" if panel.has_points else None
+        marker = MARKERS[i // len(COLORS) % len(MARKERS)] if panel.has_points else None
         axes.plot(
             x, y, color=_color(i), linestyle=DASHES[i % len(DASHES)], linewidth=2, marker=marker, markersize=4
         )

@@ -114,6 +114,18 @@ def test_files_hold_everything_that_was_added(tmp_path):
     assert "stopped" not in (tmp_path / "new" / "bench.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("result", "setup", "is_told"),
+    [(LAYER, TINY, True), (LAYER, REFERENCE, False)],
+    ids=["another setting", "their setting"],
+)
+def test_goals_of_another_setting_are_mentioned_where_there_are_some(result, setup, is_told, tmp_path):
+    written = Report(tmp_path, "diffussm bench", setup)
+    for measurement in result:
+        written.add(measurement)
+    assert ("goals are stated for other settings" in written.markdown()) == is_told
+
+
 def test_every_table_row_has_as_many_cells_as_its_header():
     rows = [report._measurement_cells(measurement) for measurement in LAYER]
     rows += [report._measurement_cells(measured("model", "DiffuSSM", 16, 1.0, flops=2 * 10**9))]

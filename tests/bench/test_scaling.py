@@ -95,6 +95,7 @@ def test_what_does_not_fit_is_left_out_with_its_reason(tiny):
 def test_the_command_writes_table_picture_and_json(tiny, in_tmp, capsys):
     assert main(["bench", "suites=[scaling]", "resolutions=[32,64]", "repetitions=1"]) == 0
     out = capsys.readouterr().out
+    assert "goals" not in out  # for it has none
     assert "| DiT-XL/1 | 64 | 64 |" in out and "DiT-XL/1 / DiffuSSM-XL, time" in out
     assert "bench/scaling.png" in out.splitlines()[-1]
     document = json.loads((in_tmp / "bench" / "bench.json").read_text())

@@ -92,3 +92,7 @@ def test_points_on_logarithmic_axes_are_marked_if_asked_for_and_coloured_by_the_
     assert left.get_xscale() == right.get_xscale() == "log"
     assert left.lines[0].get_color() == right.lines[1].get_color() == COLORS[1]
     assert left.lines[0].get_marker() == "o"
+    many = {str(number): (x[:1], few[:1]) for number in range(len(COLORS) + 2)}  # single points, without dashes
+    save_curves([Panel("px", "s", many, **ways)], tmp_path / "many.png")
+    looks = [(line.get_color(), line.get_marker()) for line in drawn[1].axes[0].lines]
+    assert len(set(looks)) == len(looks) == len(many)
