@@ -51,6 +51,11 @@ class Cost:
     attention_macs: int
     score_bytes: int
 
+    @property
+    def flops(self) -> int:
+        """All of its floating-point operations."""
+        return 2 * self.macs + self.ssm_flops
+
 
 def measure_scaling(setup: Setup, note: Callable[[str], None]) -> Iterator[Cost | Measurement | Skip]:
     """All costs, then what can be measured of them, small images first."""
@@ -60,7 +65,7 @@ def measure_scaling(setup: Setup, note: Callable[[str], None]) -> Iterator[Cost 
         for name in SUBJECTS:
             costs.append(_cost(name, pixels, setup))
             yield costs[-1]
-    rates: dict[str, tuple[int, float]] = {}  # tokens and seconds of one block, of the latest
+    rates: dict[str, tuple[Cost, float]] = {}  # the latest cost, and the seconds of one block of it
     for cost in costs:
         note(f"scaling, {cost.pixels} pixels: {cost.subject}")
         yield from _measure(cost, setup, rates)
@@ -86,14 +91,14 @@ def _cost(name: str, pixels: int, setup: Setup) -> Cost:
     )
 
 
-def _measure(cost: Cost, setup: Setup, rates: dict[str, tuple[int, float]]) -> Iterator[Measurement | Skip]:
+def _measure(cost: Cost, setup: Setup, rates: dict[str, tuple[Cost, float]]) -> Iterator[Measurement | Skip]:
     def skip(reason: str) -> Skip:
         return Skip("scaling", "forward", cost.subject, cost.tokens, reason)
 
     before = rates.get(cost.subject)
-    expected = before[1] * (cost.tokens / before[0]) ** 2 if before else 0.0
+    expected = before[1] * cost.flops / before[0].flops if before else 0.0
     if expected > setup.call_limit_seconds:
-        yield skip(f"a block may take {expected:.0f} s, call_limit_seconds={setup.call_limit_seconds:g}")
+        yield skip(f"a block may take {expected:.3g} s, call_limit_seconds={setup.call_limit_seconds:g}")
         return
     one = _fit(cost, setup, 1)
     if isinstance(one, str):
@@ -102,7 +107,7 @@ def _measure(cost: Cost, setup: Setup, rates: dict[str, tuple[int, float]]) -> I
     start = time.perf_counter()
     one.run("forward")
     seconds = time.perf_counter() - start
-    rates[cost.subject] = (cost.tokens, seconds)
+    rates[cost.subject] = (cost, seconds)
     depth = cost.depth
     if setup.device.type == "cuda" or seconds * depth <= setup.seconds:
         whole = _fit(cost, setup, depth)
@@ -119,7 +124,7 @@ def _measure(cost: Cost, setup: Setup, rates: dict[str, tuple[int, float]]) -> I
         yield skip(few)
         return
     if FEW[1] * seconds > setup.call_limit_seconds:
-        reason = f"{FEW[1]} blocks may take {FEW[1] * seconds:.0f} s"
+        reason = f"{FEW[1]} blocks may take {FEW[1] * seconds:.3g} s"
         yield skip(f"{reason}, call_limit_seconds={setup.call_limit_seconds:g}")
         return
     peak = warm_peak(few, "forward")

@@ -67,6 +67,18 @@ def test_our_cost_is_linear_and_has_no_scores():
     assert long.attention_macs == long.score_bytes == 0 < long.ssm_flops
 
 
+@pytest.mark.parametrize(
+    ("name", "limit", "is_left_out"), [("DiffuSSM-S", 0.1 * 70, False), ("DiT-S/1", 0.1 * 70, True)]
+)
+def test_what_a_block_may_take_follows_from_its_work(name, limit, is_left_out, monkeypatch):
+    """Of 64 times the tokens, 64 times as much for us, and far more for attention."""
+    short, long = (scaling._cost(name, pixels, SETUP) for pixels in (256, 2048))
+    monkeypatch.setattr(scaling, "_fit", lambda *given: "as far as this")
+    setup = dataclasses.replace(SETUP, call_limit_seconds=limit)
+    (skip,) = scaling._measure(long, setup, {name: (short, 0.1)})
+    assert ("a block may take" in skip.reason) == is_left_out
+
+
 def test_published_figures_are_met():
     assert scaling._cost("DiT-XL/2", 512, SETUP).macs / 1e9 == pytest.approx(524.5, rel=2e-3)
     assert scaling._cost("DiffuSSM-XL", 256, SETUP).macs / 1e9 == pytest.approx(276.0, rel=1e-3)
