@@ -252,8 +252,8 @@ def checkpoints(
     stage = "checkpoints"
     yield Entry(stage, "one", size / 1e9, "GB", "computed", "weights, averages, moments, fp32")
     saves = -(-total_images // every)
-    how = f"the newest {keep} of {saves:,}, and one in the making"
-    yield Entry(stage, "on disk", (keep + 1) * size / 1e9, "GB", "computed", how)
+    how = f"the newest {keep} of {saves:,}, and one in the making" if saves > keep else f"all {saves:,}"
+    yield Entry(stage, "on disk", min(keep + 1, saves) * size / 1e9, "GB", "computed", how)
     if snapshots:
         how = f"{snapshots:,} snapshots for posthoc_<sigma_rel>, all kept"
         yield Entry(stage, "averages for later", snapshots * snapshot_bytes / 1e9, "GB", "computed", how)

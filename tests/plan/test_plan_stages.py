@@ -124,6 +124,12 @@ def test_the_whole_job_is_the_sum_of_its_stages():
     assert totals["price"].how.endswith("as given: encoding 6, training 6")
 
 
+@pytest.mark.parametrize(("saves", "kept"), [(1, 1), (2, 2), (3, 3), (9, 3)])
+def test_no_more_checkpoints_are_on_disk_than_are_saved(saves, kept):
+    entries = stages.checkpoints(10**9, 2, total_images=saves * 10, every=10, snapshots=0, snapshot_bytes=0)
+    assert by_name(entries)["on disk"].value == kept
+
+
 def test_what_follows_is_as_uncertain_as_the_most_uncertain():
     assert stages.weakest("published", "computed") == "computed"
     assert stages.weakest("given", "published") == "given"
