@@ -42,13 +42,14 @@ def test_a_mean_stands_with_its_deviation():
         "seeds",
         "",
         [Column("FID", metric_text), Column("loss")],
-        [[Averaged(6.93, 1.7112), Averaged(0.04321, 0.00123)], [5.0, None]],
+        [[Averaged(6.93, 1.7112), Averaged(0.04321, 0.00123)], [5.0, None], [5.0, Averaged(21_333, 9237.6)]],
     )
-    assert table.texts() == [["6.930 ±1.711", "0.04321 ±0.0012"], ["5.000", "-"]]
+    assert table.texts() == [["6.930 ±1.711", "0.04321 ±0.0012"], ["5.000", "-"], ["5.000", "21,333 ±9,238"]]
     assert table.csv().splitlines() == [
         "FID,FID deviation,loss,loss deviation",
         "6.93,1.7112,0.04321,0.00123",
         "5.0,,,",
+        "5.0,,21333,9237.6",
     ]
 
 
