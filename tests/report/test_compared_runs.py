@@ -1,5 +1,6 @@
 """Comparisons: at equal terms, of equal manner, and beside published figures only where these belong."""
 
+import json
 import statistics
 
 import pytest
@@ -206,6 +207,25 @@ def test_seeds_without_a_common_point_have_a_curve_each(make):
     assert [line.name for line in loss.lines] == ["m, mean of 2", "other"]
     assert [line.name for line in fid.lines] == ["m-seed-0", "m-seed-1", "other"]
     assert [line.name for line in comparison_charts(begun)[0].lines] == ["m-seed-0", "m-seed-1"]
+
+
+def test_what_was_measured_on_real_images_is_told_apart(make):
+    """From the loss of training, with all digits that it needs, and which images these were."""
+    runs = [make("a", 64), make("b", 64, settings={"model.depth": 2})]
+    for run, value, split in zip(runs, (0.041234, 0.040987), ("held_out", "train"), strict=True):
+        (run.path / "results.jsonl").unlink()
+        answer = {
+            "request": {"checkpoint": {"path": "step-000000000004"}, "data": {"split": split}},
+            "image_metrics": {"loss": value, "num_samples": 360},
+        }
+        (run.path / "results.jsonl").write_text(json.dumps(answer) + "\n")
+    table = compare([read_run(run.path, run.name, run.settings) for run in runs]).table
+    titles = [column.title for column in table.columns]
+    assert len(titles) == len(set(titles)) and cells(table, "loss") == [run.last("loss") for run in runs]
+    assert cells(table, "loss, real images") == [0.041234, 0.040987]
+    assert [row[titles.index("loss, real images")] for row in table.texts()] == ["0.04123", "0.04099"]
+    assert cells(table, "measured") == ["360 real images, held_out", "360 real images, train"]
+    assert "Not all were measured in the same way: see the last column." in table.notes
 
 
 def test_what_one_seed_lacks_has_no_mean(make, tmp_path):
