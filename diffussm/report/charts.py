@@ -121,7 +121,8 @@ def save_chart(chart: Chart, path: Path) -> None:
         if all(axis in line.x for line in chart.lines):
             curves = {line.name: (torch.tensor(line.x[axis]), torch.tensor(line.y)) for line in chart.lines}
             is_log = chart.is_log and all(y > 0 for line in chart.lines for y in line.y)
-            panels.append(Panel(label, chart.y_label, curves, is_log))
+            has_points = any(line.is_measured or len(line.y) == 1 for line in chart.lines)
+            panels.append(Panel(label, chart.y_label, curves, is_log, has_points=has_points))
     save_curves(panels, path)
 
 
@@ -143,12 +144,12 @@ def _over_seeds(series: Sequence[Series], siblings: Sequence[Siblings]) -> Itera
     Those that have none at all are left out, and those that have none in common get a line each.
     """
     together = {name: group.name for group in siblings if len(group.members) > 1 for name in group.members}
-    groups: dict[str, list[Series]] = {}
-    for one in series:
+    groups: dict[str | int, list[Series]] = {}
+    for place, one in enumerate(series):
         if one.images:
-            groups.setdefault(together.get(one.run.name, one.name), []).append(one)
-    for name, group in groups.items():
-        shared = _shared_images(group)
+            groups.setdefault(together.get(one.run.name, place), []).append(one)
+    for group in groups.values():
+        shared, name = _shared_images(group), together.get(group[0].run.name, group[0].name)
         for title, members in [(name, group)] if shared else [(one.name, [one]) for one in group]:
             yield _mean_line(title, members, shared or _shared_images(members))
 

@@ -4,9 +4,11 @@ import json
 
 import pytest
 from made_runs import RESULTS, add_result, make_run, record
+from PIL import Image
 
 from diffussm.commands.run_collection import find_runs
-from diffussm.report.charts import comparison_charts, run_charts, save_chart
+from diffussm.report.charts import Chart, Line, comparison_charts, run_charts, save_chart
+from diffussm.report.curves import COLORS
 from diffussm.report.run_record import Costs, read_run
 from diffussm.runtime.errors import RunDirectoryError
 
@@ -72,6 +74,14 @@ def test_a_chart_is_also_a_picture(tmp_path):
     save_chart(chart, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "run ends at" in chart.summary
+
+
+def test_a_single_measurement_is_to_be_seen_in_its_picture(tmp_path):
+    line = Line("a", {"images": [16], "compute": [2.0]}, [5.0], is_measured=True)
+    save_chart(Chart("FID", "FID", "FID", [line], is_log=True), tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as picture:
+        left = picture.convert("RGB").crop((0, 0, picture.width // 2, picture.height))
+    assert left.tobytes().count(bytes.fromhex(COLORS[0][1:])) > 50
 
 
 def test_runs_are_found_below_a_directory_each_once(tmp_path, monkeypatch):
