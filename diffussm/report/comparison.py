@@ -241,6 +241,14 @@ def _table(readings: Sequence[Reading], terms: str, with_published: bool) -> Tab
     manners = ([r.measurement for r in readings], [r.of_images for r in readings])
     if any(len({one.how for one in measurements if one}) > 1 for measurements in manners):
         notes.append("Not all were measured in the same way: see the last column.")
+    later = [
+        r.run.name for r in readings if not r.measurement and any(not m.of_images for m in r.run.measurements)
+    ]
+    if later:
+        notes.append(
+            f"Measured at a later point only: {', '.join(later)}. `diffussm evaluate` measures earlier "
+            "checkpoints, as far as they are kept."
+        )
     if len({_objective(reading.run.settings) for reading in readings}) > 1:
         notes.append("Objectives differ, so losses cannot be compared.")
     notes.append(

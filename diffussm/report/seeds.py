@@ -62,8 +62,10 @@ def over_seeds(runs: Sequence[RunRecord], table: Table) -> Table | None:
         cells = [_average(column, cells) for column, cells in zip(table.columns[1:], together, strict=True)]
         rows.append([group.name, len(group.places), *cells])
     columns = [table.columns[0], Column("seeds"), *table.columns[1:]]
-    caption = "Runs that differ in their seed alone: means ± standard deviations of single runs."
-    return Table("seeds", caption, columns, rows, ["A dash: not known of all seeds, or not the same."])
+    caption = f"Runs that differ in their seed alone: means ± standard deviations of single runs. {table.caption}"
+    return Table(
+        "seeds", caption, columns, rows, ["A dash: not known of all seeds, or not the same.", *table.notes]
+    )
 
 
 def _average(column: Column, cells: Sequence[Cell]) -> Cell:

@@ -225,7 +225,21 @@ def test_what_was_measured_on_real_images_is_told_apart(make):
     assert cells(table, "loss, real images") == [0.041234, 0.040987]
     assert [row[titles.index("loss, real images")] for row in table.texts()] == ["0.04123", "0.04099"]
     assert cells(table, "measured") == ["360 real images, held_out", "360 real images, train"]
-    assert "Not all were measured in the same way: see the last column." in table.notes
+    assert "Not all were measured in the same way: see the last column." in table.notes and len(table.notes) == 2
+
+
+def test_what_was_measured_too_late_for_the_terms_is_told(make):
+    runs = [make("a", 64, settings={"seed": seed}) if seed else make("b", 64, macs=2 * 10**9) for seed in (0, 1)]
+    (runs[0].path / "results.jsonl").unlink()
+    add_result(runs[0].path, 4, RESULTS)
+    runs[0] = read_run(runs[0].path, "b", runs[0].settings, costs=runs[0].costs)
+    compared = compare(runs, "compute")
+    assert cells(compared.table, "FID-digits") == [None, 25.0]
+    assert any(note.startswith("Measured at a later point only: b.") for note in compared.table.notes)
+    assert compared.seeds.caption.endswith(compared.terms) and set(compared.table.notes) < set(
+        compared.seeds.notes
+    )
+    assert not any("later point" in note for note in compare(runs).table.notes)
 
 
 def test_what_one_seed_lacks_has_no_mean(make, tmp_path):

@@ -53,6 +53,19 @@ def test_a_mean_stands_with_its_deviation():
     ]
 
 
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (Averaged(40.3257, 3.2638), "40.3 ±3.3"),
+        (Measured(40.3257, 39.0, 42.0), "40.3 ±1.5"),
+        (Measured(5.5, 5.4, 5.6), "5.500 ±0.100"),
+        (Averaged(40.3257, 0.0123), "40.3 ±0.012"),  # which is not nothing
+    ],
+)
+def test_a_spread_has_the_decimals_of_its_number(cell, text):
+    assert Column("FID", metric_text).write(cell) == text
+
+
 def test_latex_escapes_what_it_would_take_for_commands():
     text = TABLE.latex()
     assert r"a|b \& <script>" in text and r"100\% \$x\_1\$ \{y\} \textasciitilde{}\textasciicircum{}" in text
