@@ -19,6 +19,7 @@ PUBLISHED_METRICS = ("IS", "precision", "recall")
 MAIN_METRICS = (*PUBLISHED_METRICS, "class_agreement")
 UNLIKE = ("name", "run_dir")  # settings that differ of necessity
 SECONDS = 3600
+MOST_NAMED = 4  # runs in a sentence
 
 
 @dataclass(frozen=True)
@@ -245,8 +246,9 @@ def _table(readings: Sequence[Reading], terms: str, with_published: bool) -> Tab
         r.run.name for r in readings if not r.measurement and any(not m.of_images for m in r.run.measurements)
     ]
     if later:
+        which = ", ".join(later) if len(later) <= MOST_NAMED else f"{len(later)} of the runs"
         notes.append(
-            f"Measured at a later point only: {', '.join(later)}. `diffussm evaluate` measures earlier "
+            f"Measured at a later point only: {which}. `diffussm evaluate` measures earlier "
             "checkpoints, as far as they are kept."
         )
     if len({_objective(reading.run.settings) for reading in readings}) > 1:
