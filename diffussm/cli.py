@@ -262,6 +262,7 @@ DESCRIPTIONS = {
           device=cuda                   auto, cpu, cuda, cuda:1
           out=DIR                       default: compare/ in the directory that holds the runs
 
+        Of runs that differ in their seed alone there are means and standard deviations too, and one mean curve.
         Runs on ImageNet stand beside the figures that the paper has published.""",
     "report": """\
         Write one HTML page about a run, or about a sweep: the comparison first, then each run. It needs no network

@@ -9,6 +9,10 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+case ${1:-digits16} in
+    digits16 | photographs) ;;
+    *) fail "$1: choose digits16 or photographs, or neither for both" ;;
+esac
 use_environment digits,photographs,sweep
 export OMP_NUM_THREADS=1
 two=(hydra/launcher=joblib hydra.launcher.n_jobs=2)
@@ -24,9 +28,9 @@ ablate() {  # NAME, DiffuSSM's own settings, and the DiT that computes as much: 
 
 measure() {  # NAME, what to measure: all its runs, each in its own results.json
     local name=$1 runs
-    runs=$(printf ',%s' "runs/${name}_ablation"/*/)
+    runs=$(printf ',%s' "runs/${name}_ablation"/*__seed-*)
     "$diffussm" evaluate -m "checkpoint=${runs:1}" "${@:2}" "${two[@]}"
-    "$diffussm" compare "runs/${name}_ablation"  # seeds.md and report.html there, in compare/
+    "$diffussm" compare "runs/${name}_ablation"  # seeds.csv and report.html there, in compare/
 }
 
 if [ "${1:-digits16}" = digits16 ]; then
@@ -38,7 +42,13 @@ if [ "${1:-digits16}" = digits16 ]; then
         data.split=held_out "metrics=[fid,class_agreement,loss]"
 fi
 if [ "${1:-photographs}" = photographs ]; then
-    [ -d runs/photographs/held_out ] || "$python" scripts/photograph_crops.py runs/photographs
+    if ! [ -d runs/photographs/held_out ]; then  # which comes last: a kill leaves no half of the crops
+        rm -rf runs/photographs.part runs/photographs/train
+        "$python" scripts/photograph_crops.py runs/photographs.part
+        mkdir -p runs/photographs
+        mv runs/photographs.part/train runs/photographs.part/held_out runs/photographs/
+        rmdir runs/photographs.part
+    fi
     ablate photographs "model.dt_min=0.000625 optimizer.lr=0.008" \
         "model.hidden_size=48 model.input_size=32 optimizer.lr=0.008"
     measure photographs data.path=runs/photographs/held_out "metrics=[loss]"

@@ -48,14 +48,21 @@ def main(name: str, metric: str, count: int, overrides: list[str]) -> None:
                 study.stop()
             if code:
                 raise RuntimeError(f"{' '.join(command)}: exit code {code}")
-        return json.loads((run / "results.json").read_text())["metrics"][metric]
+        metrics = json.loads((run / "results.json").read_text())["metrics"]
+        if metric not in metrics:
+            raise SystemExit(f"METRIC={metric}: was not measured: choose one of {', '.join(metrics)}")
+        return metrics[metric]
 
-    finished = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    study.optimize(measure, n_trials=max(0, count - len(finished)), catch=RuntimeError)
+    def finished() -> list[optuna.trial.FrozenTrial]:
+        return study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+
+    study.optimize(measure, n_trials=max(0, count - len(finished())), catch=RuntimeError)
+    if not finished():
+        raise SystemExit("no trial has come to its end: see above")
     print(f"{metric} {study.best_value:.4g}: {' '.join(f'{k}={v}' for k, v in study.best_params.items())}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 5 or not sys.argv[3].isdecimal():
+    if len(sys.argv) < 5 or not sys.argv[3].isdecimal() or not all("=" in override for override in sys.argv[4:]):
         sys.exit("usage: tune.py NAME METRIC TRIALS key=value ...")
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:])

@@ -1,6 +1,8 @@
 """The parts of the ablations: enlarged digits, their evaluator, the held-out loss, and crops."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,18 @@ from diffussm.diffusion.schedule import linear_schedule
 from diffussm.evaluation.features import DigitsCNN
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+# Remembers what it is asked for, and leaves what the script looks at.
+DIFFUSSM = """#!/bin/sh
+echo "$@" >> asked
+case $1 in
+    train) mkdir -p runs/digits16_ablation/model-x__seed-0 runs/photographs_ablation/model-x__seed-0 ;;
+    stats) touch runs/digits16_reference.npz ;;
+    compare) mkdir -p "$2/compare" ;;
+esac
+"""
+PYTHON = """#!/bin/sh
+[ "$1" != scripts/photograph_crops.py ] || mkdir -p "$2/train" "$2/held_out"
+"""
 
 
 def test_enlarged_digits_are_the_digits():
@@ -102,3 +116,53 @@ def test_no_held_out_crop_shows_what_is_trained_on(tmp_path):
     assert len(places["train"]) == 7 and places["train"].keys() == places["held_out"].keys()
     for stem, lefts in places["train"].items():
         assert max(lefts) + 32 <= min(places["held_out"][stem])
+
+
+@pytest.fixture
+def ablations(tmp_path):
+    """Run the script with stand-ins for its environment; gives its result and what was asked of diffussm."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("ablations.sh", "environment.sh"):
+        shutil.copy(SCRIPTS / name, tmp_path / "scripts")
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, content in (("diffussm", DIFFUSSM), ("python", PYTHON)):
+        (programs / name).write_text(content)
+        (programs / name).chmod(0o755)
+    for path in ("pyproject.toml", ".venv/.installed-digits,photographs,sweep"):
+        (tmp_path / path).touch()
+    (tmp_path / "runs").mkdir()
+
+    def run(*words: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+        asked = tmp_path / "asked"
+        asked.write_text("")
+        command = ["bash", "scripts/ablations.sh", *words]
+        result = subprocess.run(
+            command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False, timeout=60
+        )
+        return result, asked.read_text().splitlines()
+
+    return run
+
+
+def test_the_script_run_again_asks_for_the_same(ablations):
+    """What it has made in between, such as a comparison, is no run to be measured."""
+    (first, asked), (second, again) = ablations(), ablations()
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert again == [line for line in asked if not line.startswith("stats")] != asked
+    assert [line.split()[0] for line in again] == ["train", "train", "train", "evaluate", "compare"] * 2
+    assert [word for line in again for word in line.split() if word.startswith("checkpoint=")] == [
+        f"checkpoint=runs/{name}_ablation/model-x__seed-0" for name in ("digits16", "photographs")
+    ]
+
+
+def test_the_script_knows_its_parts_and_leaves_no_half_of_the_crops(ablations, tmp_path):
+    result, asked = ablations("photograph")
+    assert result.returncode == 1 and "photograph: choose digits16 or photographs" in result.stderr and not asked
+    half = tmp_path / "runs" / "photographs.part" / "train" / "old.png"
+    half.parent.mkdir(parents=True)
+    half.touch()
+    result, asked = ablations("photographs")
+    assert result.returncode == 0 and len(asked) == 5, result.stderr
+    names = {str(path.relative_to(tmp_path)) for path in (tmp_path / "runs").rglob("*")}
+    assert names >= {"runs/photographs/train", "runs/photographs/held_out"} and not any("part" in n for n in names)

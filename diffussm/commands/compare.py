@@ -85,5 +85,8 @@ def same_noise(runs: Sequence[RunRecord], drawer: Drawer, count: int, out: Path)
         save_rows(rows, out / "samples.png", names)
         if not is_alike:
             about = "Each column begins with the same noise; the runs know different classes."
-    about = " ".join([about, *(f"{', '.join(which)}: {manner}." for manner, which in manners.items())])
+    if rows:
+        about += " Drawn from the newest checkpoint of each run."
+    for manner, which in manners.items():
+        about += f" {'All' if len(which) == len(runs) else ', '.join(which)}: {manner}."
     return Gallery("Samples from the same noise", about, strips, columns[0] if is_alike else ())

@@ -95,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
         for job in jobs:
             print(job.name, *job.overrides)
         return 0
+    jobs = list({job.name: job for job in jobs}.values())  # a choice that is written twice is one
     waiting = [job for job in jobs if not job.is_finished]
     codes = {job.name: 0 for job in jobs if job.is_finished}
     if waiting:

@@ -85,8 +85,12 @@ class Chart:
 
 
 def comparison_charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """Loss of all runs, and each Frechet distance that was measured of them; of several seeds the mean."""
-    siblings = find_siblings(runs)
+    """Loss of all runs, and each Frechet distance that was measured of them; of several seeds the mean.
+
+    Runs that differ in their seed alone and stand beside no others have a line each.
+    """
+    found = find_siblings(runs)
+    siblings = found if len(found) > 1 else []
     losses = [Series(run.name, run, *run.values("loss")) for run in runs]
     charts = [Chart("loss", "Loss", "loss", list(_over_seeds(losses, siblings)), is_log=True)]
     charts += [_fid_chart(runs, fid, siblings) for fid in shared_fids(runs)]
@@ -117,7 +121,8 @@ def save_chart(chart: Chart, path: Path) -> None:
         if all(axis in line.x for line in chart.lines):
             curves = {line.name: (torch.tensor(line.x[axis]), torch.tensor(line.y)) for line in chart.lines}
             is_log = chart.is_log and all(y > 0 for line in chart.lines for y in line.y)
-            panels.append(Panel(label, chart.y_label, curves, is_log))
+            has_points = any(line.is_measured or len(line.y) == 1 for line in chart.lines)
+            panels.append(Panel(label, chart.y_label, curves, is_log, has_points=has_points))
     save_curves(panels, path)
 
 
@@ -134,25 +139,38 @@ def _fid_chart(runs: Sequence[RunRecord], fid: str, siblings: Sequence[Siblings]
 
 
 def _over_seeds(series: Sequence[Series], siblings: Sequence[Siblings]) -> Iterator[Line]:
-    """A line for each, but for runs that differ in their seed alone the mean, where all have a point."""
+    """A line for each, but for runs that differ in their seed alone the mean, where all have a point.
+
+    Those that have none at all are left out, and those that have none in common get a line each.
+    """
     together = {name: group.name for group in siblings if len(group.members) > 1 for name in group.members}
-    groups: dict[str, list[Series]] = {}
-    for one in series:
-        groups.setdefault(together.get(one.run.name, one.name), []).append(one)
-    for name, group in groups.items():
-        known = [dict(zip(one.images, one.y, strict=True)) for one in group]
-        images = [seen for seen in group[0].images if all(seen in values for values in known)]
-        if images:
-            y = [fmean(values[seen] for values in known) for seen in images]
-            kept = thin(y)
-            all_places = [_places(one.run, [images[i] for i in kept]) for one in group]
-            places = {
-                axis: list(map(fmean, zip(*(each[axis] for each in all_places), strict=True)))
-                for axis in AXES
-                if all(axis in each for each in all_places)
-            }
-            title = name if len(group) == 1 else f"{name}, mean of {len(group)}"
-            yield Line(title, places, [y[i] for i in kept])
+    groups: dict[str | int, list[Series]] = {}
+    for place, one in enumerate(series):
+        if one.images:
+            groups.setdefault(together.get(one.run.name, place), []).append(one)
+    for group in groups.values():
+        shared, name = _shared_images(group), together.get(group[0].run.name, group[0].name)
+        for title, members in [(name, group)] if shared else [(one.name, [one]) for one in group]:
+            yield _mean_line(title, members, shared or _shared_images(members))
+
+
+def _shared_images(group: Sequence[Series]) -> list[int]:
+    others = [set(one.images) for one in group[1:]]
+    return [seen for seen in group[0].images if all(seen in other for other in others)]
+
+
+def _mean_line(name: str, group: Sequence[Series], images: Sequence[int]) -> Line:
+    known = [dict(zip(one.images, one.y, strict=True)) for one in group]
+    y = [fmean(values[seen] for values in known) for seen in images]
+    kept = thin(y)
+    all_places = [_places(one.run, [images[i] for i in kept]) for one in group]
+    places = {
+        axis: list(map(fmean, zip(*(each[axis] for each in all_places), strict=True)))
+        for axis in AXES
+        if all(axis in each for each in all_places)
+    }
+    title = name if len(group) == 1 else f"{name}, mean of {len(group)}"
+    return Line(title, places, [y[i] for i in kept])
 
 
 def _lines(wanted: Iterable[tuple[str, RunRecord, str]]) -> Iterator[Line]:

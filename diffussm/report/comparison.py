@@ -19,6 +19,7 @@ PUBLISHED_METRICS = ("IS", "precision", "recall")
 MAIN_METRICS = (*PUBLISHED_METRICS, "class_agreement")
 UNLIKE = ("name", "run_dir")  # settings that differ of necessity
 SECONDS = 3600
+MOST_NAMED = 4  # runs in a sentence
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,8 @@ def _table(readings: Sequence[Reading], terms: str, with_published: bool) -> Tab
         Column("images/s", lambda value: f"{value:,.0f}"),
         Column("memory GiB", lambda value: f"{value:.2f}"),
         Column("loss"),
-        *(Column(name, metric_text) for name in [*metrics, *on_images]),
+        *(Column(name, metric_text) for name in metrics),
+        *(Column(f"{name}, real images") for name in on_images),
         Column("measured", is_text=True),
     ]
     rows = [_row(reading, metrics, on_images) for reading in readings]
@@ -237,9 +239,18 @@ def _table(readings: Sequence[Reading], terms: str, with_published: bool) -> Tab
             head: list[Cell] = [known.name, None, None, None, known.images, known.gflops, None, None, None, None]
             rows.append([*head, *shown, published.SOURCE])
     notes = []
-    hows = {reading.measurement.how for reading in readings if reading.measurement}
-    if len(hows) > 1:
+    manners = ([r.measurement for r in readings], [r.of_images for r in readings])
+    if any(len({one.how for one in measurements if one}) > 1 for measurements in manners):
         notes.append("Not all were measured in the same way: see the last column.")
+    later = [
+        r.run.name for r in readings if not r.measurement and any(not m.of_images for m in r.run.measurements)
+    ]
+    if later:
+        which = ", ".join(later) if len(later) <= MOST_NAMED else f"{len(later)} of the runs"
+        notes.append(
+            f"Measured at a later point only: {which}. `diffussm evaluate` measures earlier "
+            "checkpoints, as far as they are kept."
+        )
     if len({_objective(reading.run.settings) for reading in readings}) > 1:
         notes.append("Objectives differ, so losses cannot be compared.")
     notes.append(
@@ -254,9 +265,11 @@ def _row(reading: Reading, metrics: Sequence[str], on_images: Sequence[str]) -> 
     hours, memory = reading.hours, [v for i, v in zip(*run.values("memory_gib"), strict=True) if i <= limit]
     measured: list[Cell] = [cell(measurement, name) for name in metrics]
     measured += [cell(reading.of_images, name) for name in on_images]
-    how = "" if measurement is None else measurement.how
-    if measurement is not None and measurement.images < run.images:
-        how += f", at {measurement.images:,} images"
+    hows = [
+        one.how if one.images == run.images else f"{one.how}, at {one.images:,} images"
+        for one in (measurement, reading.of_images)
+        if one is not None
+    ]
     return [
         run.name,
         model_name(run.settings),
@@ -269,7 +282,7 @@ def _row(reading: Reading, metrics: Sequence[str], on_images: Sequence[str]) -> 
         max(memory, default=None),
         run.last("loss", limit),
         *measured,
-        how or None,
+        "; ".join(hows) or None,
     ]
 
 

@@ -88,7 +88,14 @@ def _label_ends(panel: Panel, axes: "Axes") -> None:
             textcoords="axes fraction",
             verticalalignment="center",
             color=_color(i),
-            arrowprops={"arrowstyle": "-", "color": _color(i), "linewidth": 0.8, "shrinkA": 1, "shrinkB": 2},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": _color(i),
+                "linewidth": 0.8,
+                "shrinkA": 1,
+                "shrinkB": 2,
+                "relpos": (0, 0.5),  # from before the name, not from its middle through the others
+            },
         )
 
 

@@ -136,7 +136,11 @@ def read_run(path: Path, name: str, settings: Mapping[str, Any], **known: Any) -
         settings: the configuration, flat.
         known: further arguments of RunRecord.
     """
-    afterwards = list(_afterwards(path / "results.jsonl", settings))
+    results = [
+        *sorted(path.glob("evaluate/*/results.jsonl")),
+        path / "results.jsonl",
+    ]  # of evaluate -m, of evaluate
+    afterwards = [measurement for file in results for measurement in _afterwards(file, settings)]
     found, _ = read_records(path / "metrics.jsonl")
     everything = [record for record in found if isinstance(record["images"], int)]
     by_images = {record["images"]: record for record in everything if "loss" in record}  # the newest counts

@@ -92,9 +92,9 @@ def _results(run: RunRecord, prefix: str) -> Table:
     """Everything that was measured, the newest state last."""
     names = list(dict.fromkeys(name for m in run.measurements for name in m.metrics))
     real: list[list[Cell]] = [[m.how, None, *(cell(m, name) for name in names)] for m in run.real[-1:]]
-    columns = [
-        Column("measured", is_text=True), Column("images"), *(Column(name, metric_text) for name in names)
-    ]  # fmt: skip
+    of_images = {name for m in run.measurements if m.of_images for name in m.metrics}  # losses, which may be small
+    texts = (general_text if name in of_images else metric_text for name in names)
+    columns = [Column("measured", is_text=True), Column("images"), *map(Column, names, texts)]
     rows: list[list[Cell]] = [[m.how, m.images, *(cell(m, name) for name in names)] for m in run.measurements]
     caption = "Results, with 95% confidence intervals where they were asked for."
     return Table(f"{prefix}results", caption if rows else "Results", columns, [*rows, *real])

@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -10,6 +11,7 @@ from diffussm.report.run_record import RunRecord
 from diffussm.report.tables import Averaged, Cell, Column, Table, number
 
 UNLIKE = ("seed", "name", "run_dir")
+WORDS = re.compile(r"[^\W\d_]+|\d+|[\W_]+")  # a number is alike as a whole: seeds 10 and 11 are not of a run 1
 OWN_END = re.compile(r"[\W_]*(seed)?[\W_]*$")  # of what names of such runs have in common
 
 
@@ -18,7 +20,7 @@ class Siblings:
     """Runs that differ in their seed alone; a run that has none is alone.
 
     Attributes:
-        name: what their names have in common.
+        name: what their names have in common, if no others are called that.
         members: their own names.
         places: of them among the runs.
     """
@@ -29,13 +31,20 @@ class Siblings:
 
 
 def find_siblings(runs: Sequence[RunRecord]) -> list[Siblings]:
-    """All runs, in the order of the first of each."""
+    """All runs, in the order of the first of each; where one seed was run twice, they are not together."""
     found: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for place, run in enumerate(runs):
         settings = tuple((key, str(value)) for key, value in run.settings.items() if key not in UNLIKE)
         found.setdefault(settings or (("run", run.name),), []).append(place)
-    groups = [([runs[place].name for place in places], places) for places in found.values()]
-    return [Siblings(_name(members), members, places) for members, places in groups]
+    groups: list[list[int]] = []
+    for places in found.values():
+        seeds = {str(runs[place].settings.get("seed")) for place in places}
+        groups += [places] if len(seeds) == len(places) else [[place] for place in places]
+    groups.sort()
+    members = [[runs[place].name for place in places] for places in groups]
+    bearers = Counter(map(_name, members))
+    names = [_name(own) if bearers[_name(own)] == 1 else ", ".join(own) for own in members]
+    return [Siblings(*of_group) for of_group in zip(names, members, groups, strict=True)]
 
 
 def over_seeds(runs: Sequence[RunRecord], table: Table) -> Table | None:
@@ -53,15 +62,17 @@ def over_seeds(runs: Sequence[RunRecord], table: Table) -> Table | None:
         cells = [_average(column, cells) for column, cells in zip(table.columns[1:], together, strict=True)]
         rows.append([group.name, len(group.places), *cells])
     columns = [table.columns[0], Column("seeds"), *table.columns[1:]]
-    caption = "Runs that differ in their seed alone: means ± standard deviations of single runs."
-    return Table("seeds", caption, columns, rows, ["A dash: not known of all seeds, or not the same."])
+    caption = f"Runs that differ in their seed alone: means ± standard deviations of single runs. {table.caption}"
+    return Table(
+        "seeds", caption, columns, rows, ["A dash: not known of all seeds, or not the same.", *table.notes]
+    )
 
 
 def _average(column: Column, cells: Sequence[Cell]) -> Cell:
     if column.is_text:
         return cells[0] if len(set(cells)) == 1 else None
     if len(cells) == 1:
-        return cells[0]
+        return number(cells[0])  # its interval is no deviation
     values = [value for cell in cells if (value := number(cell)) is not None]
     if len(values) < len(cells):
         return None
@@ -75,5 +86,5 @@ def _name(names: Sequence[str]) -> str:
     """What names of runs have in common, if that is one."""
     if len(names) == 1:
         return names[0]
-    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return OWN_END.sub("", "".join(letters[0] for letters in alike)) or ", ".join(names)
+    alike = takewhile(lambda words: len(set(words)) == 1, zip(*map(WORDS.findall, names), strict=False))
+    return OWN_END.sub("", "".join(words[0] for words in alike)) or ", ".join(names)

@@ -63,10 +63,16 @@ class Column:
         if value is None or not math.isfinite(value):
             return MISSING
         if isinstance(cell, Averaged):
-            beside = f" ±{f'{cell.deviation:.2g}' if self.text is general_text else self.text(cell.deviation)}"
+            beside = f" ±{_deviation(cell) if self.text is general_text else self._alike(value, cell.deviation)}"
         elif isinstance(cell, Measured) and cell.low is not None and cell.high is not None:
-            beside = f" ±{self.text((cell.high - cell.low) / 2)}"
+            beside = f" ±{self._alike(value, (cell.high - cell.low) / 2)}"
         return self.text(value) + beside
+
+    def _alike(self, value: float, spread: float) -> str:
+        """A spread with the decimals of its value, unless none of its digits would be left."""
+        decimals = len(self.text(value).partition(".")[2])
+        is_shown = self.text is not general_text and spread >= 0.5 * 10**-decimals
+        return f"{spread:,.{decimals}f}" if is_shown else self.text(spread)
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,12 @@ def _beside(cell: Cell) -> dict[str, float | None]:
     if isinstance(cell, Averaged):
         return {"deviation": cell.deviation}
     return {"low": cell.low, "high": cell.high} if isinstance(cell, Measured) and cell.low is not None else {}
+
+
+def _deviation(cell: Averaged) -> str:
+    """Of a whole number, as a whole one; else with two digits."""
+    is_whole = isinstance(cell.value, int) and cell.deviation >= 1
+    return general_text(round(cell.deviation)) if is_whole else f"{cell.deviation:.2g}"
 
 
 def _markdown(text: str) -> str:

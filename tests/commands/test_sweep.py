@@ -101,6 +101,11 @@ def test_a_second_sweep_adds_to_the_first(ran):
     assert len(json.loads(Path("runs/both/sweep.json").read_text())["jobs"]) == 4
 
 
+def test_a_choice_that_is_written_twice_is_one_job(ran, capsys):
+    assert main([*TRAIN, "seed=0,1,0"]) == 0
+    assert len(ran) == 2 and capsys.readouterr().out.count("seed-0") == 1
+
+
 def test_names_are_short_plain_and_different():
     assert _names([{"model.depth": "1", "data.depth": "2"}]) == ["model.depth-1__data.depth-2"]
     assert _names([{"guidance.interval": "[1, 2]"}, {"guidance.interval": "null"}]) == [

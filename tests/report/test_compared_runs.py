@@ -1,5 +1,6 @@
 """Comparisons: at equal terms, of equal manner, and beside published figures only where these belong."""
 
+import json
 import statistics
 
 import pytest
@@ -9,6 +10,7 @@ from diffussm.report.charts import comparison_charts
 from diffussm.report.comparison import compare
 from diffussm.report.published import ROWS, SOURCE
 from diffussm.report.run_record import Costs, read_run
+from diffussm.report.seeds import find_siblings
 
 SETTINGS = {"trainer.batch_size": 16, "model._target_": "diffussm.models.DiffuSSM", "seed": 0, "name": "x"}
 IMAGENET = {"data._target_": "diffussm.data.imagenet.ImageNet", "data.resolution": 256}
@@ -156,6 +158,88 @@ def test_curves_of_several_seeds_are_their_mean_where_all_have_a_point(make, tmp
     for images, y in zip(mean.x["images"], mean.y, strict=True):
         assert y == pytest.approx(2.0 + (images * 7 % 11 + 2 * (images * 8 % 11)) / 200)
     assert alone.x["images"] == [16, 32, 48, 64]
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "called"),
+    [
+        (["m-seed-10", "m-seed-11"], [], "m"),
+        (["m-1", "m-10"], [], "m"),
+        (["seed-1__m-2", "seed-2__m-2"], [], "seed-1__m-2, seed-2__m-2"),
+        (["m_0", "m_1"], ["m"], "m_0, m_1"),  # so that no other is taken for their mean, or among them
+        (["m_0", "m_1"], ["m_2", "m_3"], "m_0, m_1"),
+    ],
+)
+def test_siblings_have_a_name_of_their_own(make, own, others, called):
+    runs = [make(name, 32, settings={"seed": seed}) for seed, name in enumerate(own)]
+    runs += [make(name, 32, settings={"seed": seed, "model.depth": 2}) for seed, name in enumerate(others)]
+    names = [siblings.name for siblings in find_siblings(runs)]
+    assert names[0] == called and len(names) == (2 if others else 1) == len(set(names))
+
+
+def test_a_seed_that_was_run_twice_is_no_other_seed(make):
+    """As by two states of a code: these are to be seen beside each other."""
+    before, after = ([make(f"{name}{seed}", 64, settings={"seed": seed}) for seed in (0, 1)] for name in "ab")
+    assert compare([*before, *after]).seeds is None and compare(before).seeds is not None
+    assert [line.name for line in comparison_charts([*before, *after])[0].lines] == ["a0", "a1", "b0", "b1"]
+
+
+def test_an_interval_does_not_stand_among_deviations(make):
+    runs = [make(f"m-seed-{seed}", 64, settings={"seed": seed}) for seed in (0, 1)]
+    alone = make("alone", 64, settings={"model.depth": 2})
+    add_result(alone.path, 4, {"FID-digits": 7.0, "intervals": {"FID-digits": [6.0, 8.0]}})
+    alone = read_run(alone.path, "alone", alone.settings)
+    compared = compare([*runs, alone])
+    texts = [table.texts()[-1] for table in (compared.table, compared.seeds)]
+    assert "7.000 ±1.000" in texts[0] and "7.000" in texts[1]
+
+
+def test_seeds_without_a_common_point_have_a_curve_each(make):
+    """Nor does one that has not begun take the curve of the others; runs of one kind alone have theirs too."""
+    seeds = {seed: {"seed": seed} for seed in range(3)}
+    other = make("other", 64, settings={"model.depth": 2})
+    begun = [make("m-seed-0", 32, settings=seeds[0]), make("m-seed-1", 64, settings=seeds[1])]
+    for run, step in zip(begun, (2, 4), strict=True):
+        (run.path / "results.jsonl").unlink()
+        add_result(run.path, step, RESULTS)
+    begun = [read_run(run.path, run.name, run.settings) for run in begun]
+    loss, fid = comparison_charts([*begun, make("m-seed-2", 0, settings=seeds[2]), other])
+    assert [line.name for line in loss.lines] == ["m, mean of 2", "other"]
+    assert [line.name for line in fid.lines] == ["m-seed-0", "m-seed-1", "other"]
+    assert [line.name for line in comparison_charts(begun)[0].lines] == ["m-seed-0", "m-seed-1"]
+
+
+def test_what_was_measured_on_real_images_is_told_apart(make):
+    """From the loss of training, with all digits that it needs, and which images these were."""
+    runs = [make("a", 64), make("b", 64, settings={"model.depth": 2})]
+    for run, value, split in zip(runs, (0.041234, 0.040987), ("held_out", "train"), strict=True):
+        (run.path / "results.jsonl").unlink()
+        answer = {
+            "request": {"checkpoint": {"path": "step-000000000004"}, "data": {"split": split}},
+            "image_metrics": {"loss": value, "num_samples": 360},
+        }
+        (run.path / "results.jsonl").write_text(json.dumps(answer) + "\n")
+    table = compare([read_run(run.path, run.name, run.settings) for run in runs]).table
+    titles = [column.title for column in table.columns]
+    assert len(titles) == len(set(titles)) and cells(table, "loss") == [run.last("loss") for run in runs]
+    assert cells(table, "loss, real images") == [0.041234, 0.040987]
+    assert [row[titles.index("loss, real images")] for row in table.texts()] == ["0.04123", "0.04099"]
+    assert cells(table, "measured") == ["360 real images, held_out", "360 real images, train"]
+    assert "Not all were measured in the same way: see the last column." in table.notes and len(table.notes) == 2
+
+
+def test_what_was_measured_too_late_for_the_terms_is_told(make):
+    runs = [make("a", 64, settings={"seed": seed}) if seed else make("b", 64, macs=2 * 10**9) for seed in (0, 1)]
+    (runs[0].path / "results.jsonl").unlink()
+    add_result(runs[0].path, 4, RESULTS)
+    runs[0] = read_run(runs[0].path, "b", runs[0].settings, costs=runs[0].costs)
+    compared = compare(runs, "compute")
+    assert cells(compared.table, "FID-digits") == [None, 25.0]
+    assert any(note.startswith("Measured at a later point only: b.") for note in compared.table.notes)
+    assert compared.seeds.caption.endswith(compared.terms) and set(compared.table.notes) < set(
+        compared.seeds.notes
+    )
+    assert not any("later point" in note for note in compare(runs).table.notes)
 
 
 def test_what_one_seed_lacks_has_no_mean(make, tmp_path):

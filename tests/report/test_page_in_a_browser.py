@@ -46,7 +46,9 @@ def page(tmp_path_factory):
     columns = [Column("run", is_text=True), *(Column(f"a long heading {i}") for i in range(15))]
     table = Table("results", "Results", columns, [["name of a run", *range(15)]])
     pictures = [Picture(PIXEL, f"image {i}", 8, 8, is_sharp=True) for i in range(40)]
-    gallery = Gallery("Samples", "about them", [Strip("class 0", pictures)])
+    gallery = Gallery(
+        "Samples", "about them", [Strip("class 0", pictures), Strip(f"a run of {'many_' * 9}choices", pictures)]
+    )
     sections = [
         Section(
             name,
@@ -75,6 +77,14 @@ def test_it_fits_complains_of_nothing_and_asks_for_nothing(browser, page, size, 
     background = browser.value("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, background[4:-1].split(","))) > 3 * 128) == (scheme == "light")
     assert browser.complaints() == [] and browser.requests() == [page.resolve().as_uri()]
+
+
+def test_a_long_name_leaves_a_phone_room_for_its_pictures(browser, page):
+    browser.open(page, **PHONE)
+    short, long = browser.value(
+        "[...document.querySelectorAll('.pictures tbody th')].slice(0, 2).map(th => th.offsetWidth)"
+    )
+    assert 0 < short == long < PHONE["width"] / 2
 
 
 def test_what_the_page_may_not_do_it_cannot(browser, page):

@@ -4,9 +4,11 @@ import json
 
 import pytest
 from made_runs import RESULTS, add_result, make_run, record
+from PIL import Image
 
 from diffussm.commands.run_collection import find_runs
-from diffussm.report.charts import comparison_charts, run_charts, save_chart
+from diffussm.report.charts import Chart, Line, comparison_charts, run_charts, save_chart
+from diffussm.report.curves import COLORS
 from diffussm.report.run_record import Costs, read_run
 from diffussm.runtime.errors import RunDirectoryError
 
@@ -55,6 +57,20 @@ def test_measurements_in_training_and_after_it_share_their_manner(tmp_path):
     assert [m.how for m in run.real] == ["real against real, 360 images"]
 
 
+def test_what_a_sweep_of_evaluations_has_measured_belongs_to_the_run(tmp_path):
+    path = make_run(tmp_path / "run", [record(64)])
+    for num_steps, fid in ((10, 9.0), (50, 4.0)):
+        directory = path / "evaluate" / f"num_steps-{num_steps}"
+        directory.mkdir(parents=True)
+        add_result(directory, 4, {"FID-digits": fid}, num_steps=num_steps)
+    add_result(path, 4, {"FID-digits": 5.0})
+    run = read_run(path, "run", SETTINGS)
+    assert [(m.how, m.metrics["FID-digits"]) for m in run.measurements] == [
+        (f"ema, ddim {num_steps} steps, guidance 1.25, 64 samples", fid)
+        for num_steps, fid in ((10, 9.0), (50, 4.0), (25, 5.0))
+    ]
+
+
 def test_a_long_run_is_drawn_with_few_points_and_all_spikes(tmp_path):
     records = [record(256 * i, loss=5.0 if i == 7001 else 1.0 + 1 / i, mse=1.0) for i in range(1, 20_001)]
     run = read_run(make_run(tmp_path / "run", records), "run", SETTINGS, costs=Costs(10, 1000))
@@ -72,6 +88,14 @@ def test_a_chart_is_also_a_picture(tmp_path):
     save_chart(chart, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "run ends at" in chart.summary
+
+
+def test_a_single_measurement_is_to_be_seen_in_its_picture(tmp_path):
+    line = Line("a", {"images": [16], "compute": [2.0]}, [5.0], is_measured=True)
+    save_chart(Chart("FID", "FID", "FID", [line], is_log=True), tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as picture:
+        left = picture.convert("RGB").crop((0, 0, picture.width // 2, picture.height))
+    assert left.tobytes().count(bytes.fromhex(COLORS[0][1:])) > 50
 
 
 def test_runs_are_found_below_a_directory_each_once(tmp_path, monkeypatch):

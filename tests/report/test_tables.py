@@ -42,14 +42,28 @@ def test_a_mean_stands_with_its_deviation():
         "seeds",
         "",
         [Column("FID", metric_text), Column("loss")],
-        [[Averaged(6.93, 1.7112), Averaged(0.04321, 0.00123)], [5.0, None]],
+        [[Averaged(6.93, 1.7112), Averaged(0.04321, 0.00123)], [5.0, None], [5.0, Averaged(21_333, 9237.6)]],
     )
-    assert table.texts() == [["6.930 ±1.711", "0.04321 ±0.0012"], ["5.000", "-"]]
+    assert table.texts() == [["6.930 ±1.711", "0.04321 ±0.0012"], ["5.000", "-"], ["5.000", "21,333 ±9,238"]]
     assert table.csv().splitlines() == [
         "FID,FID deviation,loss,loss deviation",
         "6.93,1.7112,0.04321,0.00123",
         "5.0,,,",
+        "5.0,,21333,9237.6",
     ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (Averaged(40.3257, 3.2638), "40.3 ±3.3"),
+        (Measured(40.3257, 39.0, 42.0), "40.3 ±1.5"),
+        (Measured(5.5, 5.4, 5.6), "5.500 ±0.100"),
+        (Averaged(40.3257, 0.0123), "40.3 ±0.012"),  # which is not nothing
+    ],
+)
+def test_a_spread_has_the_decimals_of_its_number(cell, text):
+    assert Column("FID", metric_text).write(cell) == text
 
 
 def test_latex_escapes_what_it_would_take_for_commands():
