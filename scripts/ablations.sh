@@ -42,14 +42,13 @@ if [ "${1:-digits16}" = digits16 ]; then
         data.split=held_out "metrics=[fid,class_agreement,loss]"
 fi
 if [ "${1:-photographs}" = photographs ]; then
-    if ! [ -d runs/photographs/held_out ]; then  # which comes last: a kill leaves no half of the crops
-        rm -rf runs/photographs.part runs/photographs/train
-        "$python" scripts/photograph_crops.py runs/photographs.part
-        mkdir -p runs/photographs
-        mv runs/photographs.part/train runs/photographs.part/held_out runs/photographs/
-        rmdir runs/photographs.part
+    crops=runs/photograph_crops
+    if ! [ -d $crops ]; then # whole, or not at all: a kill leaves no half of them
+        rm -rf $crops.part
+        "$python" scripts/photograph_crops.py $crops.part
+        mv $crops.part $crops
     fi
     ablate photographs "model.dt_min=0.000625 optimizer.lr=0.008" \
         "model.hidden_size=48 model.input_size=32 optimizer.lr=0.008"
-    measure photographs data.path=runs/photographs/held_out "metrics=[loss]"
+    measure photographs data.path=$crops/held_out "metrics=[loss]"
 fi

@@ -159,10 +159,12 @@ def test_the_script_run_again_asks_for_the_same(ablations):
 def test_the_script_knows_its_parts_and_leaves_no_half_of_the_crops(ablations, tmp_path):
     result, asked = ablations("photograph")
     assert result.returncode == 1 and "photograph: choose digits16 or photographs" in result.stderr and not asked
-    half = tmp_path / "runs" / "photographs.part" / "train" / "old.png"
+    half = tmp_path / "runs" / "photograph_crops.part" / "train" / "old.png"
     half.parent.mkdir(parents=True)
     half.touch()
     result, asked = ablations("photographs")
     assert result.returncode == 0 and len(asked) == 5, result.stderr
     names = {str(path.relative_to(tmp_path)) for path in (tmp_path / "runs").rglob("*")}
-    assert names >= {"runs/photographs/train", "runs/photographs/held_out"} and not any("part" in n for n in names)
+    assert names >= {"runs/photograph_crops/train", "runs/photograph_crops/held_out"} and not any(
+        "part" in n for n in names
+    )

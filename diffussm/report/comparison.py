@@ -254,8 +254,8 @@ def _table(readings: Sequence[Reading], terms: str, with_published: bool) -> Tab
     if len({_objective(reading.run.settings) for reading in readings}) > 1:
         notes.append("Objectives differ, so losses cannot be compared.")
     notes.append(
-        "GMAC: multiply-accumulates of a forward pass on one image; total Gflops: these times the images seen, as "
-        "papers count. Hours: of training steps alone."
+        "GMAC: multiply-accumulates of a forward pass on one image, without the work of state-space models; total "
+        "Gflops: these times the images seen, as papers count. Hours: of training steps alone."
     )
     return Table("comparison", terms, columns, rows, notes)
 
