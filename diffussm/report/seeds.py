@@ -42,8 +42,9 @@ def find_siblings(runs: Sequence[RunRecord]) -> list[Siblings]:
         groups += [places] if len(seeds) == len(places) else [[place] for place in places]
     groups.sort()
     members = [[runs[place].name for place in places] for places in groups]
-    bearers = Counter(map(_name, members))
-    names = [_name(own) if bearers[_name(own)] == 1 else ", ".join(own) for own in members]
+    names = [_name(own) for own in members]
+    bearers = Counter(names)
+    names = [name if bearers[name] == 1 else ", ".join(own) for name, own in zip(names, members, strict=True)]
     return [Siblings(*of_group) for of_group in zip(names, members, groups, strict=True)]
 
 
